@@ -1,0 +1,240 @@
+"""Which way each parameter's gradient can be served, measured on the first examples.
+
+Rules on calls can be wrong in ways that raise nothing: a model may share a tensor
+between the examples of a batch, change a layer's output in place, or use a weight
+where no rule looks. So the gradient rebuilt from the factors is compared, parameter
+by parameter, with autograd's before any kernel is computed.
+"""
+
+import enum
+from collections.abc import Callable, Collection, Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ntk.capture import complete, record
+from ntk.factors import Factor, dense
+from ntk.function import Batch, FunctionError, NetworkFunction, batch_length, take
+
+
+class Service(enum.Enum):
+    """How a parameter's gradient is obtained."""
+
+    BATCH = "batch"
+    """From the factors of batches of examples."""
+    SINGLE = "single"
+    """From the factors of one example at a time: its uses mix the examples."""
+    DEFINITION = "definition"
+    """By automatic differentiation: no rule knows how it is used."""
+    UNUSED = "unused"
+    """The outputs do not depend on it."""
+
+
+class BatchDependenceError(FunctionError):
+    """An example's outputs depend on the other examples of its batch."""
+
+
+EXAMPLES = 2
+"""Examples that are compared. With one, sharing between examples cannot be seen."""
+
+Verdicts = dict[str, Service]
+_known: WeakKeyDictionary[nn.Module, dict[object, Verdicts]] = WeakKeyDictionary()
+
+
+def services(
+    function: NetworkFunction, batch: Batch, wanted: Collection[str]
+) -> Verdicts:
+    """Return how each wanted parameter is served.
+
+    The verdicts of a model are kept as long as its modules and parameters are the
+    same objects and its inputs have the same names.
+
+    Args:
+        function: The model and its readout, in evaluation mode.
+        batch: Examples; the first few are used.
+        wanted: Names of parameters.
+
+    Returns:
+        The verdict for each.
+    """
+    some = take(batch, slice(0, EXAMPLES))
+    signature = _signature(function, some)
+    known = _known.setdefault(function.model, {}).setdefault(signature, {})
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        known.update(_measure(function, some, missing))
+    return {name: known[name] for name in wanted}
+
+
+def _signature(function: NetworkFunction, batch: Batch) -> object:
+    model = function.model
+    config = getattr(model, "config", None)
+    return (
+        tuple(sorted(batch)) if isinstance(batch, Mapping) else (),
+        batch_length(batch),
+        function.outputs,
+        getattr(config, "_attn_implementation", None),
+        tuple((id(p), p.dtype) for p in model.parameters()),
+        tuple(
+            (type(m), getattr(m.forward, "__func__", m.forward)) for m in model.modules()
+        ),
+    )
+
+
+def _measure(
+    function: NetworkFunction, batch: Batch, wanted: Collection[str]
+) -> Verdicts:
+    n = batch_length(batch)
+    _check_alone(function, batch)
+    singles = [take(batch, slice(i, i + 1)) for i in range(n)]
+    attempts = [(Service.BATCH, [batch]), (Service.SINGLE, singles)]
+    verdicts: Verdicts = {}
+    left = set(wanted)
+    for service, groups in attempts if n > 1 else attempts[:1]:
+        if not left:
+            break
+        rebuilt, used = _rebuilt(function, groups, left)
+        errors, norms = _compare(function, batch, left, rebuilt)
+        scale = max(norms.values())
+        for name in sorted(left):
+            if name not in used and norms[name] == 0:
+                verdicts[name] = Service.UNUSED
+            elif _agree(function.model, name, errors[name], norms[name], scale):
+                verdicts[name] = service
+        left -= verdicts.keys()
+    return {**dict.fromkeys(left, Service.DEFINITION), **verdicts}
+
+
+Rebuilt = Callable[[str, int], Tensor | None]
+"""From a parameter and the number of an example to its gradient, if there is one."""
+
+
+def _rebuilt(
+    function: NetworkFunction, groups: Sequence[Batch], wanted: Collection[str]
+) -> tuple[Rebuilt, set[str]]:
+    """Record groups of examples; return their gradients and the parameters seen.
+
+    A model that cannot run with a batch's shared tensors expanded, or gives other
+    outputs then, serves nothing this way.
+    """
+    found: list[tuple[dict[str, list[Factor]], int]] = []
+    unserved: set[str] = set()
+    used: set[str] = set()
+    nothing: tuple[Rebuilt, set[str]] = (lambda name, i: None, set(wanted))
+    for group in groups:
+        try:
+            outputs, recorder = record(function, group, wanted)
+        except FunctionError:
+            raise
+        except (RuntimeError, IndexError, ValueError):
+            return nothing
+        plain = function(group).detach()
+        error = float((outputs.detach() - plain).norm())
+        if error > _tolerance(plain.dtype) * float(plain.norm()):
+            return nothing
+        used |= {use.name for use in recorder.uses} | recorder.unserved.keys()
+        unserved |= recorder.unserved.keys()
+        mixed = (outputs @ _mixture(outputs))[:, None]
+        factors = complete(mixed, recorder)
+        found += [(factors, i) for i in range(batch_length(group))]
+
+    def gradient(name: str, i: int) -> Tensor | None:
+        factors, number = found[i]
+        if name in unserved or name not in used:
+            return None
+        shape = function.model.get_parameter(name).shape
+        if name not in factors:
+            return torch.zeros(shape.numel())
+        several = [factor.example(number) for factor in factors[name]]
+        return dense(several, shape).flatten()
+
+    return gradient, used
+
+
+def _compare(
+    function: NetworkFunction, batch: Batch, wanted: Collection[str], rebuilt: Rebuilt
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return, by parameter, the norms of the error and of autograd's gradient.
+
+    Each gradient is compared and dropped as the backward pass leaves it, so that no
+    more than one parameter's is in memory.
+    """
+    errors, norms = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
+    leaves = {
+        name: p.detach().requires_grad_(name in wanted)
+        for name, p in function.model.named_parameters()
+    }
+    outputs = function(batch, leaves)
+    mixed = outputs @ _mixture(outputs)
+
+    def compare(name: str, i: int, expected: Tensor | None) -> None:
+        found = rebuilt(name, i)
+        if found is None:
+            errors[name] = float("inf")
+        elif expected is None:
+            errors[name] += float(found.norm())
+        else:
+            errors[name] += float((found.to(expected) - expected.flatten()).norm())
+        norms[name] += 0.0 if expected is None else float(expected.norm())
+
+    for i in range(len(mixed)):
+        seen: set[str] = set()
+
+        def arrived(leaf: Tensor, *, name: str, i: int, seen: set[str]) -> None:
+            seen.add(name)
+            compare(name, i, leaf.grad)
+            leaf.grad = None
+
+        hooks = [
+            leaves[name].register_post_accumulate_grad_hook(
+                lambda leaf, name=name, i=i, seen=seen: arrived(  # type: ignore[misc]
+                    leaf, name=name, i=i, seen=seen
+                )
+            )
+            for name in wanted
+        ]
+        mixed[i].backward(retain_graph=i + 1 < len(mixed))
+        for hook in hooks:
+            hook.remove()
+        for name in set(wanted) - seen:
+            compare(name, i, None)
+    return errors, norms
+
+
+def _mixture(outputs: Tensor) -> Tensor:
+    """Return weights ``(c,)`` of the outputs, unequal so that no two can cancel."""
+    c = outputs.shape[1]
+    return torch.linspace(1.0, 1.7, c, dtype=outputs.dtype, device=outputs.device)
+
+
+def _agree(
+    model: nn.Module, name: str, error: float, norm: float, scale: float
+) -> bool:
+    """Whether two gradients agree but for rounding.
+
+    A gradient that is zero in exact arithmetic (a key's bias) is rounding alone, so
+    differences far below the model's largest gradient count as agreement too.
+    """
+    tolerance = _tolerance(model.get_parameter(name).dtype)
+    return error <= tolerance * max(norm, 1e-3 * scale)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Half of the digits: far above rounding, far below any wrong gradient."""
+    return torch.finfo(dtype).eps ** 0.5
+
+
+def _check_alone(function: NetworkFunction, batch: Batch) -> None:
+    """Refuse a model whose output for an example depends on its batch."""
+    with torch.no_grad():
+        together = function(batch)
+        alone = function(take(batch, slice(0, 1)))
+    error = float((together[:1] - alone).norm())
+    if error > _tolerance(together.dtype) * max(float(together.norm()), 1e-6):
+        raise BatchDependenceError(
+            "the outputs for an example change with the other examples of its batch "
+            f"(by {error:.1e}, outputs of norm {float(together.norm()):.1e}), so it "
+            "has no kernel of its own. Batch statistics or dropout are the usual "
+            "causes."
+        )

@@ -1,0 +1,260 @@
+"""The function whose tangent kernel is computed: a module, its inputs and its readout.
+
+A batch is what the module is called with: a mapping (keyword arguments) or a tensor
+(one positional argument). Every tensor of a batch has the examples on its first axis.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+Batch = Mapping[str, Any] | Tensor
+Inputs = Batch | Sequence[Batch]
+Readout = Callable[[Any], Tensor]
+
+
+class FunctionError(ValueError):
+    """A model whose per-example outputs are undefined, unreadable or not finite."""
+
+
+def logits(output: Any) -> Tensor:  # noqa: ANN401
+    """Return the model's output itself if it is a tensor, else its `.logits`.
+
+    Args:
+        output: What the model returned.
+
+    Returns:
+        ``(n, c)`` for a classifier.
+
+    Raises:
+        FunctionError: If the output is neither.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    raise FunctionError(
+        f"the model returned {type(output).__name__}, which is no tensor and has no "
+        "`.logits`. Pass outputs=, a callable from the model's output to (n, c)."
+    )
+
+
+class NetworkFunction:
+    """A model read out as ``f(batch) -> (n, c)``, in evaluation mode.
+
+    Args:
+        model: Any module whose outputs for an example depend on that example alone.
+        outputs: From the model's output to ``(n, c)``.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Readout | None = None) -> None:
+        self.model = model
+        self.outputs = outputs or logits
+
+    def __call__(
+        self, batch: Batch, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Evaluate the function.
+
+        Args:
+            batch: The examples.
+            parameters: Values to use instead of the model's own, by name.
+
+        Returns:
+            ``(n, c)``.
+
+        Raises:
+            FunctionError: If the readout is not ``(n, c)``.
+        """
+        args: tuple[Any, ...] = () if isinstance(batch, Mapping) else (batch,)
+        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+        with self._precision():
+            if parameters is None:
+                output = self.model(*args, **kwargs)
+            else:
+                output = functional_call(self.model, dict(parameters), args, kwargs)
+            output = self.outputs(output)
+        n = batch_length(batch)
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != n:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else output
+            raise FunctionError(
+                f"outputs must have shape (n, c) with n = {n} examples, but got "
+                f"{shape}. Pass outputs=, a callable from the model's output to (n, c)."
+            )
+        return output
+
+
+    def _precision(self) -> AbstractContextManager[object]:
+        dtypes = {p.dtype for p in self.model.parameters()}
+        return Float64Throughout() if dtypes == {torch.float64} else nullcontext()
+
+
+class Float64Throughout(TorchFunctionMode):
+    """Evaluates a float64 model in float64 throughout.
+
+    Many models cast to float32 inside (RMSNorm, softmax, rotary angles), whatever the
+    dtype of their weights. In a float64 model that rounds every derivative to seven
+    digits, differently in forward and in reverse mode. Within this context a request
+    for float32 is one for float64.
+    """
+
+    def __torch_function__(  # noqa: D105
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401, ARG002
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        if func is Tensor.float:
+            return Tensor.double(*args, **(kwargs or {}))
+        wide = [torch.float64 if a is torch.float32 else a for a in args]
+        named = {
+            k: torch.float64 if v is torch.float32 else v
+            for k, v in (kwargs or {}).items()
+        }
+        return func(*wide, **named)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back as it was afterwards.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    was_training = [module for module in model.modules() if module.training]
+    for module in was_training:
+        module.training = False
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse weights that have no gradient.
+
+    Args:
+        model: The model.
+
+    Raises:
+        FunctionError: If a parameter is quantised.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
+            raise FunctionError(
+                f"parameter {name!r} is quantised ({parameter.dtype}): its gradient is "
+                "not defined. Load the model without quantisation."
+            )
+
+
+def check_finite(model: nn.Module, outputs: Tensor) -> None:
+    """Refuse outputs without a value, and find out where they come from.
+
+    Args:
+        model: The model.
+        outputs: ``(n, c)``.
+
+    Raises:
+        FunctionError: If an output is NaN or infinite.
+    """
+    if bool(torch.isfinite(outputs).all()):
+        return
+    for name, parameter in model.named_parameters():
+        bad = int((~torch.isfinite(parameter)).sum())
+        if bad:
+            raise FunctionError(
+                f"parameter {name!r} has {bad} NaN or infinite entries of "
+                f"{parameter.numel()}. Check the checkpoint."
+            )
+    raise FunctionError(
+        "the model's outputs have NaN or infinite entries though its parameters have "
+        "none. Check its dtype and the attention mask."
+    )
+
+
+def to_batches(
+    inputs: Inputs, device: torch.device, size: int | None = None
+) -> list[Batch]:
+    """Cut inputs into batches on one device.
+
+    Args:
+        inputs: A batch, or a list of batches that may differ in padded length.
+        device: Where the model is.
+        size: Most examples in a batch; None leaves each batch whole.
+
+    Returns:
+        Batches that hold the examples in order.
+
+    Raises:
+        ValueError: If there are no examples, a tensor's first axis is not the
+            examples, or ``size`` is not positive.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"batch_size={size} must be at least 1.")
+    batches: list[Batch] = []
+    for batch in [inputs] if isinstance(inputs, Mapping | Tensor) else inputs:
+        n = batch_length(batch)
+        step = size or n
+        for start in range(0, n, step):
+            part = take(batch, slice(start, min(start + step, n)))
+            batches.append(_to(part, device))
+    if not batches:
+        raise ValueError("inputs holds no examples. Pass at least one.")
+    return batches
+
+
+def batch_length(batch: Batch) -> int:
+    """Return the number of examples of a batch.
+
+    Args:
+        batch: A mapping of tensors or a tensor.
+
+    Returns:
+        The length of the first axis.
+
+    Raises:
+        ValueError: If there is no tensor, no example, or first axes differ.
+    """
+    if isinstance(batch, Tensor):
+        lengths = {"inputs": len(batch) if batch.ndim else 0}
+    elif isinstance(batch, Mapping):
+        lengths = {
+            key: len(value) if value.ndim else 0
+            for key, value in batch.items()
+            if isinstance(value, Tensor)
+        }
+    else:
+        raise ValueError(
+            f"inputs is a {type(batch).__name__}, but must be a tensor or a mapping of "
+            "tensors (what a tokenizer returns with return_tensors='pt')."
+        )
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(
+            "every tensor in inputs needs the same number of examples, at least 1, on "
+            f"its first axis, but got {lengths}."
+        )
+    return next(iter(lengths.values()))
+
+
+def take(batch: Batch, examples: slice) -> Batch:
+    """Return some examples of a batch; values that are no tensors stay as they are."""
+    if isinstance(batch, Tensor):
+        return batch[examples]
+    return {k: v[examples] if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -1,0 +1,407 @@
+"""Tangent spaces: which directions in parameter space a kernel is made of.
+
+A `Space` is a choice that makes sense on any model; `space.maps(model)` resolves it
+to the linear maps (`maps`) of every parameter it touches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from torch import Tensor, nn
+
+from ntk.maps import LowRank, Map, Maps, Slices, Whole, oriented
+from rocoft import architecture
+from rocoft.architecture import LinearWeight, SelectionError
+from rocoft.selection import DATA_STRATEGIES, Axis, Strategy, select
+
+
+@dataclass(frozen=True)
+class Space:
+    """A tangent space: a choice of directions that works on any model.
+
+    ``space_a + space_b`` is the space of both (entries selected twice count once),
+    ``.at(...)`` and ``.layers(...)`` restrict it.
+    """
+
+    patterns: tuple[str, ...] = field(default=(), kw_only=True)
+    blocks: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def at(self, *patterns: str) -> Self:
+        """Return the space restricted to parameters whose names match.
+
+        Args:
+            *patterns: Runs of whole name components or globs, see
+                `rocoft.architecture.match`.
+
+        Returns:
+            The restricted space.
+        """
+        return replace(self, patterns=(*self.patterns, *patterns))
+
+    def layers(self, *indices: int) -> Self:
+        """Return the space restricted to some transformer blocks.
+
+        Args:
+            *indices: From 0; negative ones count from the last block.
+
+        Returns:
+            The restricted space.
+        """
+        return replace(self, blocks=(*self.blocks, *indices))
+
+    def __add__(self, other: "Space") -> "Sum":
+        """Return the space of both."""
+        return Sum((*_parts(self), *_parts(other)))
+
+    def maps(self, model: nn.Module) -> Maps:
+        """Resolve the space on a model.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The maps of every parameter that the space touches.
+
+        Raises:
+            SelectionError: If the space selects nothing of the model.
+        """
+        available = self._available(model)
+        chosen = list(available)
+        if chosen and self.patterns:
+            chosen = architecture.match(chosen, self.patterns)
+        if chosen and self.blocks:
+            chosen = _in_blocks(model, chosen, self.blocks)
+        if not chosen:
+            raise SelectionError(
+                f"space {self.name!r} selects no parameter of {type(model).__name__}: "
+                f"{self._nothing()}."
+            )
+        return {name: (self._map(model, name, available[name]),) for name in chosen}
+
+    @property
+    def name(self) -> str:
+        """The space as `parse` reads it."""
+        text = self._term()
+        if self.patterns:
+            text += "@" + ",".join(self.patterns)
+        if self.blocks:
+            text += "/layers=" + ",".join(map(str, self.blocks))
+        return text + self._options()
+
+    def __str__(self) -> str:
+        """Return the space as `parse` reads it."""
+        return self.name
+
+    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+        raise NotImplementedError
+
+    def _map(self, model: nn.Module, name: str, of: LinearWeight | None) -> Map:  # noqa: ARG002
+        return Whole()
+
+    def _term(self) -> str:
+        return type(self).__name__.lower()
+
+    def _options(self) -> str:
+        return ""
+
+    def _nothing(self) -> str:
+        return f"it has none for {self._term()}"
+
+
+@dataclass(frozen=True)
+class Full(Space):
+    """Every parameter that requires a gradient."""
+
+    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+        return {n: None for n, p in model.named_parameters() if p.requires_grad}
+
+    def _nothing(self) -> str:
+        return "no parameter requires a gradient"
+
+
+@dataclass(frozen=True)
+class Bias(Space):
+    """Every bias vector, those of normalisation layers included (BitFit)."""
+
+    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+        return dict.fromkeys(architecture.bias_parameters(model))
+
+
+@dataclass(frozen=True)
+class Head(Space):
+    """All parameters of the head: outside the base model, or the last linear layer."""
+
+    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+        return dict.fromkeys(architecture.head_parameters(model))
+
+
+@dataclass(frozen=True)
+class Norm(Space):
+    """Scales and biases of the normalisation layers."""
+
+    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+        return dict.fromkeys(architecture.norm_parameters(model))
+
+
+@dataclass(frozen=True)
+class Embeddings(Space):
+    """Embedding tables, learned positions and class tokens."""
+
+    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+        return dict.fromkeys(architecture.embedding_parameters(model))
+
+
+@dataclass(frozen=True)
+class _OfLinear(Space):
+    """A space of linear weights; by default those in the transformer blocks."""
+
+    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+        # A pattern may name weights that are no default target, such as the head's.
+        wide = architecture.linear_weights(model)
+        targets = wide if self.patterns else architecture.default_targets(model)
+        if self.patterns:
+            default = {w.name for w in architecture.default_targets(model)}
+            hits = architecture.match([w.name for w in wide], self.patterns)
+            narrow = [w for w in wide if w.name in default and w.name in hits]
+            targets = narrow or wide
+        return {w.name: w for w in targets}
+
+    def _nothing(self) -> str:
+        return "it has no linear layers"
+
+
+@dataclass(frozen=True)
+class _Sliced(_OfLinear):
+    """Rows or columns: how many, or which, and how they are chosen."""
+
+    count: int | None = None
+    strategy: Strategy = field(default="first", kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    rescale: bool = field(default=False, kw_only=True)
+    indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = field(
+        default=None, kw_only=True
+    )
+
+    _axis = "row"
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.indices is None):
+            raise SelectionError(
+                f"{type(self).__name__} needs either a count, as in "
+                f"{type(self).__name__}(3), or indices=(0, 5, 7), not "
+                f"{'both' if self.count is not None else 'neither'}."
+            )
+
+    @property
+    def needs_examples(self) -> bool:
+        """Whether `calibration.calibrate` must fix the indices first."""
+        return self.indices is None and self.strategy in DATA_STRATEGIES
+
+    def chosen(
+        self, of: LinearWeight, values: Tensor, statistics: Tensor | None = None
+    ) -> tuple[int, ...]:
+        """Return the selected features of one weight.
+
+        Args:
+            of: The weight.
+            values: Its values as stored.
+            statistics: For strategies that need examples, see `rocoft.selection`.
+
+        Returns:
+            Indices in ascending order.
+
+        Raises:
+            SelectionError: If an explicit index is out of range or repeated.
+        """
+        axis: Axis = "row" if self._axis == "row" else "column"
+        if self.indices is None:
+            return select(
+                of,
+                oriented(values.detach(), of),
+                axis,
+                self.count or 0,
+                self.strategy,
+                seed=self.seed,
+                statistics=statistics,
+            )
+        given = self.indices
+        chosen = given[of.name] if isinstance(given, Mapping) else given
+        limit = of.outputs if axis == "row" else of.inputs
+        if not chosen or len(set(chosen)) != len(chosen) or max(chosen) >= limit:
+            raise SelectionError(
+                f"indices={tuple(chosen)} must be distinct, at least one, and below "
+                f"the {limit} {axis}s of {of.name!r}."
+            )
+        return tuple(sorted(chosen))
+
+    def _map(self, model: nn.Module, name: str, of: LinearWeight | None) -> Map:
+        assert of is not None
+        chosen = self.chosen(of, model.get_parameter(name))
+        if self._axis == "row":
+            return Slices(of, chosen, (), self.rescale)
+        return Slices(of, (), chosen, self.rescale)
+
+    def _term(self) -> str:
+        count = "" if self.count is None else f":{self.count}"
+        return super()._term() + count
+
+    def _options(self) -> str:
+        text = ""
+        if isinstance(self.indices, Mapping):
+            text += "/calibrated"
+        elif self.indices is not None:
+            text += "/indices=" + ",".join(map(str, self.indices))
+        if self.strategy != "first":
+            text += f"/strategy={self.strategy}"
+        if self.seed:
+            text += f"/seed={self.seed}"
+        return text + ("/rescale" if self.rescale else "")
+
+
+@dataclass(frozen=True)
+class Rows(_Sliced):
+    """Some rows (output features) of every linear weight in the blocks.
+
+    Args:
+        count: How many; of a fused query-key-value weight, in each of the three.
+        strategy: How they are chosen, see `rocoft.selection.select`.
+        seed: For ``strategy="random"``.
+        rescale: Weight by d_out / count, which makes the kernel of uniform random rows
+            an unbiased estimate of the whole weight's.
+        indices: Explicit rows instead of a count, the same for every weight or by
+            parameter name.
+    """
+
+
+@dataclass(frozen=True)
+class Columns(_Sliced):
+    """Some columns (input features) of every linear weight in the blocks.
+
+    Args:
+        count: How many.
+        strategy: How they are chosen, see `rocoft.selection.select`.
+        seed: For ``strategy="random"``.
+        rescale: Weight by d_in / count, which makes the kernel of uniform random
+            columns an unbiased estimate of the whole weight's.
+        indices: Explicit columns instead of a count, the same for every weight or by
+            parameter name.
+    """
+
+    _axis = "column"
+
+
+@dataclass(frozen=True)
+class LoRA(_OfLinear):
+    """LoRA at initialisation on linear weights, or the adapters a model has.
+
+    Args:
+        rank: Rank of fresh pairs on every linear weight in the blocks. None means the
+            parameters of the adapters that peft has put in the model.
+        seed: Of the fresh A.
+        alpha: Scaling is alpha / rank; None means a scaling of 1.
+        rescale: Make the kernel an unbiased estimate of the whole weights'.
+    """
+
+    rank: int | None = None
+    seed: int = field(default=0, kw_only=True)
+    alpha: float | None = field(default=None, kw_only=True)
+    rescale: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise SelectionError(f"LoRA rank={self.rank} must be at least 1.")
+
+    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+        if self.rank is None:
+            return {n: None for n, _ in model.named_parameters() if ".lora_" in n}
+        return super()._available(model)
+
+    def _map(self, model: nn.Module, name: str, of: LinearWeight | None) -> Map:  # noqa: ARG002
+        if of is None or self.rank is None:
+            return Whole()
+        scaling = 1.0 if self.alpha is None else self.alpha / self.rank
+        return LowRank(of, self.rank, self.seed, scaling, self.rescale)
+
+    def _term(self) -> str:
+        return "lora" + ("" if self.rank is None else f":{self.rank}")
+
+    def _options(self) -> str:
+        text = f"/seed={self.seed}" if self.seed else ""
+        if self.alpha is not None:
+            text += f"/alpha={self.alpha:g}"
+        return text + ("/rescale" if self.rescale else "")
+
+    def _nothing(self) -> str:
+        if self.rank is None:
+            return "it has no adapters; give a rank, LoRA(8), for fresh ones"
+        return super()._nothing()
+
+
+@dataclass(frozen=True)
+class Sum(Space):
+    """The space of all its parts."""
+
+    parts: tuple[Space, ...] = ()
+
+    def at(self, *patterns: str) -> Self:
+        """Return the sum with every part restricted to matching parameters."""
+        return replace(self, parts=tuple(p.at(*patterns) for p in self.parts))
+
+    def layers(self, *indices: int) -> Self:
+        """Return the sum with every part restricted to some blocks."""
+        return replace(self, parts=tuple(p.layers(*indices) for p in self.parts))
+
+    def maps(self, model: nn.Module) -> Maps:
+        """Resolve every part and unite the maps of each parameter."""
+        united: Maps = {}
+        for part in self.parts:
+            for name, maps in part.maps(model).items():
+                united[name] = _unite(name, united.get(name, ()), maps)
+        return united
+
+    @property
+    def name(self) -> str:
+        """The space as `parse` reads it."""
+        return "+".join(part.name for part in self.parts)
+
+
+def _parts(space: Space) -> tuple[Space, ...]:
+    return space.parts if isinstance(space, Sum) else (space,)
+
+
+def _unite(name: str, first: tuple[Map, ...], second: tuple[Map, ...]) -> tuple[Map, ...]:
+    """Unite what selects entries of the same weight; LoRA pairs are new weights."""
+    own = [m for m in (*first, *second) if not isinstance(m, LowRank)]
+    pairs = dict.fromkeys(m for m in (*first, *second) if isinstance(m, LowRank))
+    if len({m.rescale for m in own if isinstance(m, Slices)}) > 1 or (
+        any(isinstance(m, Whole) for m in own)
+        and any(isinstance(m, Slices) and m.rescale for m in own)
+    ):
+        raise SelectionError(
+            f"{name!r} is selected both with and without rescale=True; entries in both "
+            "would have two weights. Rescale all parts of the sum or none."
+        )
+    if any(isinstance(m, Whole) for m in own):
+        return (Whole(), *pairs)
+    slices = [m for m in own if isinstance(m, Slices)]
+    if not slices:
+        return tuple(pairs)
+    rows = sorted({i for m in slices for i in m.rows})
+    columns = sorted({j for m in slices for j in m.columns})
+    of, rescale = slices[0].of, slices[0].rescale
+    return (Slices(of, tuple(rows), tuple(columns), rescale), *pairs)
+
+
+def _in_blocks(
+    model: nn.Module, names: list[str], indices: tuple[int, ...]
+) -> list[str]:
+    blocks = {name: architecture.block_index(model, name) for name in names}
+    count = 1 + max((b for b in blocks.values() if b is not None), default=-1)
+    wanted = {i + count if i < 0 else i for i in indices}
+    if not wanted <= set(range(count)):
+        raise SelectionError(
+            f"layers={indices} are not all among the model's {count} blocks"
+            + (f", 0 to {count - 1}." if count else ".")
+        )
+    return [name for name in names if blocks[name] in wanted]
