@@ -103,7 +103,9 @@ class Recorder(TorchFunctionMode):
         name = _name(func)
         if name == "batch_norm":
             _refuse_batch_statistics(args, kwargs)
-        found = [alias for value in _tensors((args, kwargs)) if (alias := self._of(value))]
+        found = [
+            alias for value in _tensors((args, kwargs)) if (alias := self._of(value))
+        ]
         if not found:
             return func(*args, **kwargs)
         if name in SAME or name in VIEWS:
@@ -237,9 +239,7 @@ class Recorder(TorchFunctionMode):
             leaf = output.detach().requires_grad_()
             output = leaf.clone()
         try:
-            self.uses += [
-                u for u in rule(self, call, output) if u.name in self.wanted
-            ]
+            self.uses += [u for u in rule(self, call, output) if u.name in self.wanted]
         except NotByExampleError as error:
             self._leave(found, str(error))
         return output
@@ -270,7 +270,13 @@ def record(
         batch_length(batch),
         set(wanted),
         {id(p): (p, Alias(name, p.shape)) for name, p in parameters.items()},
-        lengths={t.shape[1] for t in _tensors([*batch.values()] if isinstance(batch, Mapping) else batch) if t.ndim > 1},
+        lengths={
+            t.shape[1]
+            for t in _tensors(
+                [*batch.values()] if isinstance(batch, Mapping) else batch
+            )
+            if t.ndim > 1
+        },
     )
     with recorder:
         outputs = function(batch)
@@ -343,7 +349,12 @@ def _name(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "")
-    plain = {"__matmul__": "matmul", "__mul__": "mul", "__rmul__": "mul", "multiply": "mul"}
+    plain = {
+        "__matmul__": "matmul",
+        "__mul__": "mul",
+        "__rmul__": "mul",
+        "multiply": "mul",
+    }
     return {**plain, "__add__": "add", "__radd__": "add"}.get(name, name)
 
 
@@ -430,7 +441,9 @@ def _vector(
         total = (product.sum(dim=axes) if axes else product).reshape(len(product), -1)
         if alias.rows is None:
             return total
-        whole = total.new_zeros(len(total), alias.shape[0], total.shape[1] // len(alias.rows))
+        whole = total.new_zeros(
+            len(total), alias.shape[0], total.shape[1] // len(alias.rows)
+        )
         whole.index_add_(1, alias.rows, total.view(len(total), len(alias.rows), -1))
         return whole.flatten(1)
 
@@ -446,7 +459,7 @@ def _linear(recorder: Recorder, call: Call, output: Tensor) -> list[Use]:
         raise NotByExampleError("it is the input of a layer")
     if alias := recorder.of(call["weight"]):
         uses.append(_matrix(recorder, {**call, "output_dim": 0}, output, alias))
-    if (bias := call.get("bias")) is not None and (alias := recorder.of(bias)):
+    if alias := recorder.of(call.get("bias")):
         uses.append(_vector(recorder, alias, output))
     return uses
 
@@ -457,7 +470,7 @@ def _matmul(recorder: Recorder, call: Call, output: Tensor) -> list[Use]:
     if alias is None or recorder.of(call["input"]) or call.keys() & {"alpha", "beta"}:
         raise NotByExampleError("it is the left side of a product")
     uses.append(_matrix(recorder, {**call, "output_dim": 1}, output, alias))
-    if (bias := call.get("bias")) is not None and (alias := recorder.of(bias)):
+    if alias := recorder.of(call.get("bias")):
         uses.append(_vector(recorder, alias, output))
     return uses
 
@@ -495,11 +508,12 @@ def _normalised(
         if recorder.of(call["input"]):
             raise NotByExampleError("it is the input of a normalisation")
         uses = []
-        if (weight := call.get("weight")) is not None and (alias := recorder.of(weight)):
+        weight, bias = call.get("weight"), call.get("bias")
+        if (alias := recorder.of(weight)) and alias.name in recorder.wanted:
             with torch.no_grad():
                 normal = normalise({**call, "input": call["input"].detach()})
             uses.append(_vector(recorder, alias, output, normal, channel))
-        if (bias := call.get("bias")) is not None and (alias := recorder.of(bias)):
+        if alias := recorder.of(bias):
             uses.append(_vector(recorder, alias, output, None, channel))
         return uses
 
@@ -544,7 +558,7 @@ def _conv(recorder: Recorder, call: Call, output: Tensor) -> list[Use]:
 
         recorder.by_example(output.detach())
         uses.append(Use(alias.name, output, factor))
-    if (bias := call.get("bias")) is not None and (alias := recorder.of(bias)):
+    if alias := recorder.of(call.get("bias")):
         uses.append(_vector(recorder, alias, output, None, channel=1))
     return uses
 
@@ -555,7 +569,9 @@ def _patches(call: Call) -> Tensor:
     size = tuple(weight.shape[2:])
     options = {key: call.get(key, 0 if key == "padding" else 1) for key in _UNFOLD}
     if isinstance(options["padding"], str):
-        raise NotByExampleError(f"it is a convolution with padding={options['padding']}")
+        raise NotByExampleError(
+            f"it is a convolution with padding={options['padding']}"
+        )
     pairs = {
         key: (value,) * len(size) if isinstance(value, int) else tuple(value)
         for key, value in options.items()
@@ -577,14 +593,22 @@ RULES: dict[str, Rule] = {
     "layer_norm": _normalised(
         lambda c: F.layer_norm(c["input"], c["shape"], None, None, c.get("eps", 1e-5))
     ),
-    "rms_norm": _normalised(lambda c: F.rms_norm(c["input"], c["shape"], None, c.get("eps"))),
+    "rms_norm": _normalised(
+        lambda c: F.rms_norm(c["input"], c["shape"], None, c.get("eps"))
+    ),
     "group_norm": _normalised(
         lambda c: F.group_norm(c["input"], c["groups"], None, None, c.get("eps", 1e-5)),
         channel=1,
     ),
     "batch_norm": _normalised(
         lambda c: F.batch_norm(
-            c["input"], c["mean"], c["variance"], None, None, False, 0.0,
+            c["input"],
+            c["mean"],
+            c["variance"],
+            None,
+            None,
+            False,
+            0.0,
             c.get("eps", 1e-5),
         ),
         channel=1,

@@ -77,7 +77,8 @@ def _signature(function: NetworkFunction, batch: Batch) -> object:
         getattr(config, "_attn_implementation", None),
         tuple((id(p), p.dtype) for p in model.parameters()),
         tuple(
-            (type(m), getattr(m.forward, "__func__", m.forward)) for m in model.modules()
+            (type(m), getattr(m.forward, "__func__", m.forward))
+            for m in model.modules()
         ),
     )
 
@@ -188,7 +189,7 @@ def _compare(
 
         hooks = [
             leaves[name].register_post_accumulate_grad_hook(
-                lambda leaf, name=name, i=i, seen=seen: arrived(  # type: ignore[misc]
+                lambda leaf, name=name, i=i, seen=seen: arrived(
                     leaf, name=name, i=i, seen=seen
                 )
             )

@@ -24,6 +24,8 @@ from torch import Tensor
 
 BLOCK_ENTRIES = 2**20
 """Entries of G formed at a time: few enough to stay in the processor's cache."""
+PANEL_ROWS = 64
+"""Rows of a symmetric product formed at a time: halves its operations when many."""
 TOKEN_OVERHEAD = 16
 """Cost of one elementwise multiply-add in memory, in multiply-adds of a product."""
 
@@ -162,7 +164,9 @@ class Contraction:
         """Whether gradients are contracted as they are."""
         return self.left is None and self.right is None
 
-    def gram(self, left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+    def gram(
+        self, left: Tensor, right: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """Contract features in their own dtype.
 
         Args:
@@ -180,6 +184,8 @@ class Contraction:
         if weights is not None:
             left = left * weights.to(left)
         if self.coupled:
+            if self.linear and left is right:
+                return _self_product(left.flatten(0, 1))
             return left.flatten(0, 1) @ right.flatten(0, 1).T
         return torch.stack([a @ b.T for a, b in zip(left, right, strict=True)]).sum(0)
 
@@ -203,6 +209,19 @@ def gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor
     if kinds == {Matrix} and how.linear and _tokens_are_cheaper(left, right, shape):
         return _token_gram(left, right, how)
     return _block_gram(left, right, shape, how)
+
+
+def _self_product(a: Tensor) -> Tensor:
+    """Return ``a a^T`` from panels of rows times the rows up to them."""
+    if len(a) <= PANEL_ROWS:
+        return a @ a.T
+    product = a.new_empty(len(a), len(a))
+    for start in range(0, len(a), PANEL_ROWS):
+        stop = min(start + PANEL_ROWS, len(a))
+        panel = a[start:stop] @ a[:stop].T
+        product[start:stop, :stop] = panel
+        product[:start, start:stop] = panel[:, :start].T
+    return product
 
 
 def dense(factors: Sequence[Factor], shape: torch.Size) -> Tensor:
@@ -240,7 +259,9 @@ def token_operations(left: Uses, right: Uses) -> float:
 
 
 def _tokens_are_cheaper(left: Uses, right: Uses, shape: torch.Size) -> bool:
-    rows = [f.rows for s in (left, right) for b in s for f in b if isinstance(f, Matrix)]
+    rows = [
+        f.rows for s in (left, right) for b in s for f in b if isinstance(f, Matrix)
+    ]
     if any(r is not rows[0] for r in rows):
         return False
     return token_operations(left, right) < block_operations(left, right, shape)
@@ -278,8 +299,13 @@ def _token_pair(a: Matrix, b: Matrix, how: Contraction) -> Tensor:
     if not how.coupled:
         pairs = [entry(g, h) for g, h in zip(a.g, b.g, strict=True)]
         return torch.stack(pairs).sum(0).view(1, n, 1, m)
-    rows = [torch.stack([entry(g, h) for h in b.g], dim=1) for g in a.g]
-    return torch.stack(rows)
+    blocks: dict[tuple[int, int], Tensor] = {}
+    for k, g in enumerate(a.g):
+        for l, h in enumerate(b.g):
+            mirrored = a is b and l < k
+            blocks[k, l] = blocks[l, k].T if mirrored else entry(g, h)
+    c = range(len(a.g))
+    return torch.stack([torch.stack([blocks[k, l] for l in c], dim=1) for k in c])
 
 
 def _block_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor:
@@ -291,11 +317,14 @@ def _block_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) ->
     examples = n if prefix else n + m
     step = min(rows, max(1, BLOCK_ENTRIES // (examples * c * width)))
     total: Tensor | None = None
-    space = [_workspace(s, c, step * width) for s in ((left,) if prefix else (left, right))]
+    space = [
+        _workspace(s, c, step * width) for s in ((left,) if prefix else (left, right))
+    ]
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         a = _block(left, start, stop, width, space[0])
-        b = a[:, :m] if prefix else _block(right, start, stop, width, space[1])
+        b = a if prefix else _block(right, start, stop, width, space[1])
+        b = b if b.shape[1] == m else b[:, :m]
         part = how.gram(a, b)
         if total is None:
             total = part.double()
@@ -398,7 +427,9 @@ def _shared_tokens(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 def _prefix(left: Uses, right: Uses) -> bool:
     """Whether the right examples are the first batches of the left ones."""
-    return len(right) <= len(left) and all(a is b for a, b in zip(left, right, strict=False))
+    return len(right) <= len(left) and all(
+        a is b for a, b in zip(left, right, strict=False)
+    )
 
 
 def _examples(uses: Uses) -> int:

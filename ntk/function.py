@@ -55,6 +55,7 @@ class NetworkFunction:
     def __init__(self, model: nn.Module, outputs: Readout | None = None) -> None:
         self.model = model
         self.outputs = outputs or logits
+        self.in_float64 = {p.dtype for p in model.parameters()} == {torch.float64}
 
     def __call__(
         self, batch: Batch, parameters: Mapping[str, Tensor] | None = None
@@ -88,10 +89,8 @@ class NetworkFunction:
             )
         return output
 
-
     def _precision(self) -> AbstractContextManager[object]:
-        dtypes = {p.dtype for p in self.model.parameters()}
-        return Float64Throughout() if dtypes == {torch.float64} else nullcontext()
+        return Float64Throughout() if self.in_float64 else nullcontext()
 
 
 class Float64Throughout(TorchFunctionMode):

@@ -15,20 +15,16 @@ A kernel is a sum over parameters. Each (parameter, map) pair is contracted once
 added to every space that holds it, in float64, so many spaces cost about one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from ntk import coverage
-from ntk.capture import complete, record
-from ntk.coverage import Service
-from ntk.factors import Contraction, Factor, Matrix, Vector, gram
+from ntk.engine import Engine, KernelResult, Progress
+from ntk.factors import Contraction
 from ntk.function import (
-    Batch,
-    FunctionError,
     Inputs,
     NetworkFunction,
     Readout,
@@ -36,19 +32,14 @@ from ntk.function import (
     check_parameters,
     evaluating,
     logits,
-    take,
     to_batches,
 )
-from ntk.jacobian import Key, jacobian, products_kernel
-from ntk.maps import Map, Maps, Whole
 from ntk.spaces import Full, Space
+from rocoft.architecture import Architecture
 
 Reduction = Literal["full", "trace", "margin"]
 Kind = Literal["sgd", "signgd", "asymmetric_signgd"]
 Implementation = Literal["factors", "jacobian", "jvp"]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the steps done and the steps in all."""
-
 KINDS: dict[str, tuple[Callable[[Tensor], Tensor] | None, ...]] = {
     "sgd": (None, None),
     "signgd": (torch.sign, torch.sign),
@@ -60,24 +51,6 @@ IMPLEMENTATIONS = {
     "jacobian": "torch.func: vmap of jacrev; memory n c p",
     "jvp": "torch.func: a vjp, then jvps; time n m c, memory of one gradient",
 }
-
-
-@dataclass
-class KernelResult:
-    """Kernels of several spaces and what is known about how they were made.
-
-    Attributes:
-        kernels: For each space, the kernel.
-        traces: For each space, the trace that each parameter contributes on the
-            diagonal of examples both sides share; the shares of the kernel.
-        sizes: For each space, its number of parameters.
-        services: How each parameter was served.
-    """
-
-    kernels: dict[str, Tensor]
-    traces: dict[str, dict[str, float]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    services: dict[str, Service] = field(default_factory=dict)
 
 
 @overload
@@ -200,7 +173,8 @@ def compute(
     _check_choices(spaces, reduce, kind, implementation)
     check_parameters(model)
     device = next(model.parameters()).device
-    maps = {name: space.maps(model) for name, space in spaces.items()}
+    architecture = Architecture(model)
+    maps = {name: space.maps(architecture) for name, space in spaces.items()}
     left = to_batches(inputs, device, batch_size)
     if other is None:
         right = left
@@ -212,13 +186,11 @@ def compute(
     before, after = KINDS[kind]
     how = Contraction(before, after, coupled=reduce == "full")
     with evaluating(model):
+        engine = Engine(function, left, right, maps, how, progress)
         if implementation == "jvp":
-            result = _by_products(function, left, right, maps, how, progress)
+            result = engine.run_products()
         else:
-            engine = _Engine(function, left, right, maps, how, progress)
             result = engine.run(by_factors=implementation == "factors")
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    result.sizes = {name: parameter_count(m, shapes) for name, m in maps.items()}
     n = sum(map(batch_length, left))
     m = sum(map(batch_length, right))
     result.kernels = {
@@ -274,11 +246,6 @@ def _example_major(gram: Tensor, n: int, m: int) -> Tensor:
     return gram.view(c, n, d, m).permute(1, 3, 0, 2).contiguous()
 
 
-def parameter_count(maps: Maps, shapes: Mapping[str, torch.Size]) -> int:
-    """Return the number of coordinates of a resolved space."""
-    return sum(m.size(shapes[name]) for name, several in maps.items() for m in several)
-
-
 def _check_choices(
     spaces: Mapping[str, Space], reduce: str, kind: str, implementation: str
 ) -> None:
@@ -288,7 +255,9 @@ def _check_choices(
         ("implementation", implementation, tuple(IMPLEMENTATIONS)),
     ):
         if value not in choices:
-            raise ValueError(f"{argument}={value!r} must be one of {', '.join(choices)}.")
+            raise ValueError(
+                f"{argument}={value!r} must be one of {', '.join(choices)}."
+            )
     if not spaces:
         raise ValueError("space={} names no tangent space. Pass at least one.")
     if implementation == "jvp" and kind == "signgd":
@@ -324,230 +293,3 @@ class _Margin:
                 f"{tuple(values.shape)}."
             )
         return values[:, 1:] - values[:, :1]
-
-
-def _by_products(
-    function: NetworkFunction,
-    left: Sequence[Batch],
-    right: Sequence[Batch],
-    maps: Mapping[str, Maps],
-    how: Contraction,
-    progress: Progress | None,
-) -> KernelResult:
-    total = len(maps) * sum(map(batch_length, right))
-    counter = _Counter("NTK-vector products", total, progress)
-    return KernelResult(
-        {
-            name: products_kernel(function, left, right, space, how, counter)
-            for name, space in maps.items()
-        }
-    )
-
-
-@dataclass
-class _Counter:
-    """Adds up steps and reports them."""
-
-    what: str
-    total: int
-    progress: Progress | None
-    done: int = 0
-
-    def __call__(self, steps: int) -> None:
-        self.done += steps
-        if self.progress is not None:
-            self.progress(self.what, self.done, self.total)
-
-
-Stored = Tensor | list[list[Factor]]
-"""Features ``(c, n, p)``, or the factors of every batch."""
-
-
-class _Engine:
-    """Passes that store features and factors, then contractions that add them up."""
-
-    def __init__(
-        self,
-        function: NetworkFunction,
-        left: list[Batch],
-        right: list[Batch],
-        maps: Mapping[str, Maps],
-        how: Contraction,
-        progress: Progress | None,
-    ) -> None:
-        self.function = function
-        self.left, self.right = left, right
-        self.prefix = all(a is b for a, b in zip(left, right))
-        self.maps = maps
-        self.how = how
-        self.progress = progress
-        self.outputs = 1
-        self.keys: dict[Key, list[str]] = {}
-        for space, resolved in maps.items():
-            for name, several in resolved.items():
-                for each in several:
-                    self.keys.setdefault((name, each), []).append(space)
-        self.shapes = {n: p.shape for n, p in function.model.named_parameters()}
-
-    def run(self, *, by_factors: bool) -> KernelResult:
-        """Compute every space's Gram matrix."""
-        names = list(dict.fromkeys(name for name, _ in self.keys))
-        if by_factors:
-            verdicts = coverage.services(self.function, self.left[0], names)
-        else:
-            verdicts = dict.fromkeys(names, Service.DEFINITION)
-        stored, others = self._store(verdicts)
-        return self._contract(stored, others, verdicts)
-
-    def _store(
-        self, verdicts: dict[str, Service]
-    ) -> tuple[dict[Key, Stored], dict[Key, Stored]]:
-        """Run all passes over both sides; the same store if they share examples."""
-        sides = [self.left] if self.prefix else [self.left, self.right]
-        count = sum(map(batch_length, (b for side in sides for b in side)))
-        passes = set(verdicts.values()) - {Service.UNUSED}
-        counter = _Counter("passes", count * len(passes), self.progress)
-        stores = []
-        for side in sides:
-            store: dict[Key, Stored] = {}
-            late = self._factor_passes(side, Service.BATCH, verdicts, store, counter)
-            # What no pass had seen until now is exact one example at a time.
-            for name in late:
-                verdicts[name] = Service.SINGLE
-            if Service.SINGLE in verdicts.values():
-                self._factor_passes(side, Service.SINGLE, verdicts, store, counter)
-            wanted = self._keys_of(Service.DEFINITION, verdicts)
-            if wanted:
-                rows = jacobian(self.function, side, wanted, counter)
-                self.outputs = len(next(iter(rows.values())))
-                store.update(rows)
-            stores.append(store)
-        return stores[0], stores[-1]
-
-    def _keys_of(self, service: Service, verdicts: Mapping[str, Service]) -> Maps:
-        chosen: dict[str, tuple[Map, ...]] = {}
-        for name, each in self.keys:
-            if verdicts[name] is service:
-                chosen[name] = (*chosen.get(name, ()), each)
-        return chosen
-
-    def _factor_passes(
-        self,
-        side: list[Batch],
-        service: Service,
-        verdicts: Mapping[str, Service],
-        store: dict[Key, Stored],
-        counter: _Counter,
-    ) -> set[str]:
-        """Store what one kind of pass serves; return unused ones that were used."""
-        served = self._keys_of(service, verdicts)
-        watched = {n for n, v in verdicts.items() if v is Service.UNUSED}
-        if not served:
-            return set()
-        parts: dict[Key, list[Tensor]] = {}
-        factors: dict[Key, list[list[Factor]]] = {}
-        late: set[str] = set()
-        for batch in side:
-            for group in _groups(batch, single=service is Service.SINGLE):
-                outputs, recorder = record(self.function, group, {*served, *watched})
-                lost = served.keys() & recorder.unserved.keys()
-                if lost:
-                    raise FunctionError(
-                        f"parameter {min(lost)!r} enters the computation differently "
-                        f"from the first examples ({recorder.unserved[min(lost)]}). "
-                        "Use implementation='jacobian'."
-                    )
-                seen = {use.name for use in recorder.uses} | recorder.unserved.keys()
-                late |= watched & seen
-                recorder.uses = [u for u in recorder.uses if u.name in served]
-                found = complete(outputs, recorder)
-                self.outputs = outputs.shape[1]
-                for name, several in served.items():
-                    uses = found.get(name) or [self._nothing(name, group, outputs)]
-                    for each in several:
-                        if isinstance(each, Whole) and not isinstance(uses[0], Vector):
-                            factors.setdefault((name, each), []).append(uses)
-                        else:
-                            parts.setdefault((name, each), []).append(
-                                _features(each, uses)
-                            )
-                counter(batch_length(group))
-        store.update(factors)
-        store.update({key: torch.cat(p, dim=1) for key, p in parts.items()})
-        return late
-
-    def _nothing(self, name: str, group: Batch, outputs: Tensor) -> Factor:
-        """Return the factor of a parameter that a batch did not use."""
-        shape, n, c = self.shapes[name], batch_length(group), outputs.shape[1]
-        if len(shape) != 2:
-            return Vector(outputs.new_zeros(c, n, shape.numel()))
-        g = tuple(outputs.new_zeros(n, 0, shape[0]) for _ in range(c))
-        return Matrix(outputs.new_zeros(n, 0, shape[1]), g)
-
-    def _contract(
-        self,
-        stored: dict[Key, Stored],
-        others: dict[Key, Stored],
-        verdicts: dict[str, Service],
-    ) -> KernelResult:
-        n = sum(map(batch_length, self.left))
-        m = sum(map(batch_length, self.right))
-        device = next(self.function.model.parameters()).device
-        grams: dict[str, Tensor] = {}
-        traces: dict[str, dict[str, float]] = {space: {} for space in self.maps}
-        counter = _Counter("contractions", len(self.keys), self.progress)
-        with torch.no_grad():
-            for (name, each), spaces in self.keys.items():
-                left = stored.pop((name, each), None)
-                if left is None:
-                    counter(1)
-                    continue
-                right = left if self.prefix else others.pop((name, each))
-                block = self._gram(name, each, left, right, m)
-                trace = float(block.diagonal().sum())
-                for space in spaces:
-                    known = traces[space].get(name, 0.0)
-                    traces[space][name] = known + trace
-                    if space in grams:
-                        grams[space] += block
-                    else:
-                        grams[space] = block.to(torch.float64, copy=True)
-                counter(1)
-        c = self.outputs if self.how.coupled else 1
-        for space in self.maps:
-            if space not in grams:
-                shape = (n * c, m * c)
-                grams[space] = torch.zeros(shape, dtype=torch.float64, device=device)
-        return KernelResult(grams, traces, services=verdicts)
-
-    def _gram(
-        self, name: str, each: Map, left: Stored, right: Stored, m: int
-    ) -> Tensor:
-        if isinstance(left, Tensor):
-            assert isinstance(right, Tensor)
-            return self.how.gram(left, right[:, :m], each.weights())
-        assert not isinstance(right, Tensor)
-        single = len(left) != len(self.left)
-        count = m if single else len(self.right)
-        return gram(left, right[:count], self.shapes[name], self.how)
-
-
-def _groups(batch: Batch, *, single: bool) -> list[Batch]:
-    if not single:
-        return [batch]
-    return [take(batch, slice(i, i + 1)) for i in range(batch_length(batch))]
-
-
-def _features(each: Map, uses: list[Factor]) -> Tensor:
-    """Return the features ``(c, n, p)`` that all uses of a parameter add up to."""
-    total: Tensor | None = None
-    for factor in uses:
-        if isinstance(factor, Vector):
-            part = factor.v
-        else:
-            assert isinstance(factor, Matrix)
-            assert not isinstance(each, Whole)
-            part = each.features(factor.all_rows(each.of.outputs), factor.x)
-        total = part if total is None else total + part
-    assert total is not None
-    return total

@@ -177,11 +177,16 @@ class LowRank:
         Returns:
             ``(c, n, size)``.
         """
-        return contract(g, x @ (self.scaling * self.down.to(x)).T)
+        low = x @ (self.scaling * self.down.to(x)).T
+        n, _, outputs = g[0].shape
+        products = x.new_empty(len(g), n, self.rank, outputs)
+        for k, each in enumerate(g):
+            torch.bmm(low.transpose(1, 2), each, out=products[k])
+        return products.flatten(2)
 
     def shift(self, weight: Tensor, delta: Tensor) -> Tensor:
         """Return the parameter moved by ``delta``, ``(size,)``."""
-        up = delta.view(self.of.outputs, self.rank)
+        up = delta.view(self.rank, self.of.outputs).T
         low_rank = up @ (self.scaling * self.down.to(delta))
         return oriented(oriented(weight, self.of) + low_rank, self.of)
 

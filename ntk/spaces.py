@@ -11,8 +11,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from ntk.maps import LowRank, Map, Maps, Slices, Whole, oriented
-from rocoft import architecture
-from rocoft.architecture import LinearWeight, SelectionError
+from rocoft.architecture import Architecture, LinearWeight, SelectionError, match
 from rocoft.selection import DATA_STRATEGIES, Axis, Strategy, select
 
 
@@ -54,11 +53,11 @@ class Space:
         """Return the space of both."""
         return Sum((*_parts(self), *_parts(other)))
 
-    def maps(self, model: nn.Module) -> Maps:
+    def maps(self, model: nn.Module | Architecture) -> Maps:
         """Resolve the space on a model.
 
         Args:
-            model: The model.
+            model: The model, or what is known of it.
 
         Returns:
             The maps of every parameter that the space touches.
@@ -66,18 +65,19 @@ class Space:
         Raises:
             SelectionError: If the space selects nothing of the model.
         """
-        available = self._available(model)
+        known = model if isinstance(model, Architecture) else Architecture(model)
+        available = self._available(known)
         chosen = list(available)
         if chosen and self.patterns:
-            chosen = architecture.match(chosen, self.patterns)
+            chosen = match(chosen, self.patterns)
         if chosen and self.blocks:
-            chosen = _in_blocks(model, chosen, self.blocks)
+            chosen = _in_blocks(known, chosen, self.blocks)
         if not chosen:
             raise SelectionError(
-                f"space {self.name!r} selects no parameter of {type(model).__name__}: "
-                f"{self._nothing()}."
+                f"space {self.name!r} selects no parameter of "
+                f"{type(known.model).__name__}: {self._nothing()}."
             )
-        return {name: (self._map(model, name, available[name]),) for name in chosen}
+        return {name: (self._map(known, name, available[name]),) for name in chosen}
 
     @property
     def name(self) -> str:
@@ -93,10 +93,10 @@ class Space:
         """Return the space as `parse` reads it."""
         return self.name
 
-    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+    def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
         raise NotImplementedError
 
-    def _map(self, model: nn.Module, name: str, of: LinearWeight | None) -> Map:  # noqa: ARG002
+    def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:  # noqa: ARG002
         return Whole()
 
     def _term(self) -> str:
@@ -113,8 +113,8 @@ class Space:
 class Full(Space):
     """Every parameter that requires a gradient."""
 
-    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
-        return {n: None for n, p in model.named_parameters() if p.requires_grad}
+    def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
+        return {n: None for n, p in model.parameters.items() if p.requires_grad}
 
     def _nothing(self) -> str:
         return "no parameter requires a gradient"
@@ -124,48 +124,45 @@ class Full(Space):
 class Bias(Space):
     """Every bias vector, those of normalisation layers included (BitFit)."""
 
-    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
-        return dict.fromkeys(architecture.bias_parameters(model))
+    def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
+        return dict.fromkeys(model.biases)
 
 
 @dataclass(frozen=True)
 class Head(Space):
     """All parameters of the head: outside the base model, or the last linear layer."""
 
-    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
-        return dict.fromkeys(architecture.head_parameters(model))
+    def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
+        return dict.fromkeys(model.head)
 
 
 @dataclass(frozen=True)
 class Norm(Space):
     """Scales and biases of the normalisation layers."""
 
-    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
-        return dict.fromkeys(architecture.norm_parameters(model))
+    def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
+        return dict.fromkeys(model.norms)
 
 
 @dataclass(frozen=True)
 class Embeddings(Space):
     """Embedding tables, learned positions and class tokens."""
 
-    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
-        return dict.fromkeys(architecture.embedding_parameters(model))
+    def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
+        return dict.fromkeys(model.embeddings)
 
 
 @dataclass(frozen=True)
 class _OfLinear(Space):
     """A space of linear weights; by default those in the transformer blocks."""
 
-    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+    def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
+        if not self.patterns:
+            return model.targets
         # A pattern may name weights that are no default target, such as the head's.
-        wide = architecture.linear_weights(model)
-        targets = wide if self.patterns else architecture.default_targets(model)
-        if self.patterns:
-            default = {w.name for w in architecture.default_targets(model)}
-            hits = architecture.match([w.name for w in wide], self.patterns)
-            narrow = [w for w in wide if w.name in default and w.name in hits]
-            targets = narrow or wide
-        return {w.name: w for w in targets}
+        named = match(list(model.linear_weights), self.patterns)
+        narrow = {n: w for n, w in model.targets.items() if n in named}
+        return narrow or model.linear_weights
 
     def _nothing(self) -> str:
         return "it has no linear layers"
@@ -235,9 +232,9 @@ class _Sliced(_OfLinear):
             )
         return tuple(sorted(chosen))
 
-    def _map(self, model: nn.Module, name: str, of: LinearWeight | None) -> Map:
+    def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:
         assert of is not None
-        chosen = self.chosen(of, model.get_parameter(name))
+        chosen = self.chosen(of, model.parameters[name])
         if self._axis == "row":
             return Slices(of, chosen, (), self.rescale)
         return Slices(of, (), chosen, self.rescale)
@@ -312,12 +309,12 @@ class LoRA(_OfLinear):
         if self.rank is not None and self.rank < 1:
             raise SelectionError(f"LoRA rank={self.rank} must be at least 1.")
 
-    def _available(self, model: nn.Module) -> Mapping[str, LinearWeight | None]:
+    def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
         if self.rank is None:
-            return {n: None for n, _ in model.named_parameters() if ".lora_" in n}
+            return {n: None for n, _ in model.parameters.items() if ".lora_" in n}
         return super()._available(model)
 
-    def _map(self, model: nn.Module, name: str, of: LinearWeight | None) -> Map:  # noqa: ARG002
+    def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:  # noqa: ARG002
         if of is None or self.rank is None:
             return Whole()
         scaling = 1.0 if self.alpha is None else self.alpha / self.rank
@@ -352,11 +349,12 @@ class Sum(Space):
         """Return the sum with every part restricted to some blocks."""
         return replace(self, parts=tuple(p.layers(*indices) for p in self.parts))
 
-    def maps(self, model: nn.Module) -> Maps:
+    def maps(self, model: nn.Module | Architecture) -> Maps:
         """Resolve every part and unite the maps of each parameter."""
+        known = model if isinstance(model, Architecture) else Architecture(model)
         united: Maps = {}
         for part in self.parts:
-            for name, maps in part.maps(model).items():
+            for name, maps in part.maps(known).items():
                 united[name] = _unite(name, united.get(name, ()), maps)
         return united
 
@@ -370,7 +368,9 @@ def _parts(space: Space) -> tuple[Space, ...]:
     return space.parts if isinstance(space, Sum) else (space,)
 
 
-def _unite(name: str, first: tuple[Map, ...], second: tuple[Map, ...]) -> tuple[Map, ...]:
+def _unite(
+    name: str, first: tuple[Map, ...], second: tuple[Map, ...]
+) -> tuple[Map, ...]:
     """Unite what selects entries of the same weight; LoRA pairs are new weights."""
     own = [m for m in (*first, *second) if not isinstance(m, LowRank)]
     pairs = dict.fromkeys(m for m in (*first, *second) if isinstance(m, LowRank))
@@ -394,9 +394,9 @@ def _unite(name: str, first: tuple[Map, ...], second: tuple[Map, ...]) -> tuple[
 
 
 def _in_blocks(
-    model: nn.Module, names: list[str], indices: tuple[int, ...]
+    model: Architecture, names: list[str], indices: tuple[int, ...]
 ) -> list[str]:
-    blocks = {name: architecture.block_index(model, name) for name in names}
+    blocks = {name: model.block(name) for name in names}
     count = 1 + max((b for b in blocks.values() if b is not None), default=-1)
     wanted = {i + count if i < 0 else i for i in indices}
     if not wanted <= set(range(count)):

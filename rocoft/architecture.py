@@ -5,12 +5,13 @@ heads; models store weights in two orientations, fuse query, key and value in se
 layouts and name everything differently. This file is the only one that knows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -42,125 +43,109 @@ class LinearWeight:
     parts: tuple[tuple[int, ...], ...]
 
 
-def linear_weights(model: nn.Module) -> list[LinearWeight]:
-    """Return every linear weight of the model, adapters' own matrices excepted.
+class Architecture:
+    """What a model's parameters are for; each list is made once, when first asked.
 
     Args:
-        model: Any module. Shared weights appear once, under their first name.
-
-    Returns:
-        The weights in the order of the model's parameters.
+        model: Any module. A parameter that is shared appears under its first name.
     """
-    config = getattr(_transformer(model)[1], "config", None)
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {}
-    for path, module in model.named_modules():
-        if "lora_" in path:
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            weight, output_dim = module.in_proj_weight, 0
-        elif isinstance(module, nn.Linear):
-            weight, output_dim = module.weight, 0
-        elif isinstance(module, Conv1D):
-            weight, output_dim = module.weight, 1
-        else:
-            continue
-        if id(weight) not in names or weight.ndim != 2:
-            continue
-        outputs, inputs = weight.shape[output_dim], weight.shape[1 - output_dim]
-        found[names[id(weight)]] = LinearWeight(
-            names[id(weight)],
-            path,
-            outputs,
-            inputs,
-            output_dim,
-            _fused_parts(path, module, config, outputs),
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        self._modules = dict(model.named_modules())
+        self._transformer = next(
+            (m for m in self._modules.values() if isinstance(m, PreTrainedModel)), None
         )
-    return [found[name] for name in names.values() if name in found]
 
+    @cached_property
+    def linear_weights(self) -> dict[str, LinearWeight]:
+        """Every linear weight by name, adapters' own matrices excepted."""
+        config = getattr(self._transformer, "config", None)
+        names = {id(p): name for name, p in self.parameters.items()}
+        found = {}
+        for path, module in self._modules.items():
+            weight, output_dim = _weight(module)
+            if ".lora_" in path or weight is None or id(weight) not in names:
+                continue
+            name = names[id(weight)]
+            outputs, inputs = weight.shape[output_dim], weight.shape[1 - output_dim]
+            parts = _fused_parts(path, module, config, outputs)
+            found[name] = LinearWeight(name, path, outputs, inputs, output_dim, parts)
+        return {name: found[name] for name in self.parameters if name in found}
 
-def default_targets(model: nn.Module) -> list[LinearWeight]:
-    """Return the linear weights that row, column and LoRA selections take by default.
+    @cached_property
+    def targets(self) -> dict[str, LinearWeight]:
+        """The weights that row, column and LoRA selections take by default.
 
-    Args:
-        model: Any module.
+        Those inside the transformer blocks; where a model has no blocks, all linear
+        weights but the head's.
+        """
+        head = set(self.head)
+        weights = {n: w for n, w in self.linear_weights.items() if n not in head}
+        inside = {n: w for n, w in weights.items() if self.block(n) is not None}
+        return inside or weights
 
-    Returns:
-        The linear weights inside the transformer blocks; where a model has no
-        blocks, all its linear weights but the head's.
-    """
-    head = set(head_parameters(model))
-    weights = [w for w in linear_weights(model) if w.name not in head]
-    inside = [w for w in weights if block_index(model, w.name) is not None]
-    return inside or weights
+    @cached_property
+    def head(self) -> list[str]:
+        """Names of the head's parameters.
 
-
-def head_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the head's parameters.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        For a transformers model all parameters outside its base model (none if the
-        model has no head); for any other module those of its last linear layer.
+        Of a transformers model all parameters outside its base model (none if the
+        model has no head), of any other module those of its last linear layer.
         Parameters tied to the base model belong to the base model.
-    """
-    prefix, transformer = _transformer(model)
-    if transformer is not None:
-        body = {id(p) for p in transformer.base_model.parameters()}
-        return [n for n, p in model.named_parameters() if id(p) not in body]
-    last = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not last:
-        return []
-    return [n for n, _ in model.named_parameters() if n.startswith(f"{last[-1]}.")]
+        """
+        if self._transformer is not None:
+            body = {id(p) for p in self._transformer.base_model.parameters()}
+            return [n for n, p in self.parameters.items() if id(p) not in body]
+        last = [n for n, m in self._modules.items() if isinstance(m, nn.Linear)]
+        return [n for n in self.parameters if last and n.startswith(f"{last[-1]}.")]
 
+    @cached_property
+    def norms(self) -> list[str]:
+        """Names of the scales and biases of normalisation layers."""
+        return self._owned(lambda module: "norm" in type(module).__name__.lower())
 
-def norm_parameters(model: nn.Module) -> list[str]:
-    """Return the scales and biases of the normalisation layers."""
-    return _owned_by(model, lambda module: "norm" in type(module).__name__.lower())
+    @cached_property
+    def embeddings(self) -> list[str]:
+        """Names of embedding tables and learned position or class tokens."""
+        tables = set(self._owned(lambda module: isinstance(module, nn.Embedding)))
+        endings = ("_token", "_embedding", "_embeddings")
+        return [n for n in self.parameters if n in tables or _last(n).endswith(endings)]
 
+    @cached_property
+    def biases(self) -> list[str]:
+        """Names of all bias vectors, those of normalisation layers included."""
+        return [
+            name
+            for name, parameter in self.parameters.items()
+            if _last(name).endswith("bias") and parameter.ndim == 1
+        ]
 
-def embedding_parameters(model: nn.Module) -> list[str]:
-    """Return the embedding tables and learned position or class tokens."""
-    tables = set(_owned_by(model, lambda module: isinstance(module, nn.Embedding)))
-    return [
-        name
-        for name, _ in model.named_parameters()
-        if name in tables
-        or name.rsplit(".", 1)[-1].endswith(("_token", "_embedding", "_embeddings"))
-    ]
+    def block(self, name: str) -> int | None:
+        """Return the index of the transformer block that a parameter lies in.
 
+        Args:
+            name: Name of a parameter or module.
 
-def bias_parameters(model: nn.Module) -> list[str]:
-    """Return every bias vector, those of normalisation layers included."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if name.rsplit(".", 1)[-1].endswith("bias") and parameter.ndim == 1
-    ]
+        Returns:
+            The index in the outermost `nn.ModuleList` on the path, or None outside of
+            any. Encoder and decoder blocks of the same depth share an index.
+        """
+        parts = name.split(".")
+        for depth, part in enumerate(parts):
+            owner = self._modules.get(".".join(parts[:depth]))
+            if isinstance(owner, nn.ModuleList):
+                return int(part)
+        return None
 
-
-def block_index(model: nn.Module, name: str) -> int | None:
-    """Return the index of the transformer block that a parameter lies in.
-
-    Args:
-        model: The model.
-        name: Name of a parameter or module.
-
-    Returns:
-        The index in the outermost `nn.ModuleList` on the path, or None outside of
-        any. Encoder and decoder blocks of the same depth share an index.
-    """
-    module = model
-    for part in name.split("."):
-        if isinstance(module, nn.ModuleList):
-            return int(part)
-        child = getattr(module, part, None)
-        if not isinstance(child, nn.Module):
-            return None
-        module = child
-    return None
+    def _owned(self, wanted: Callable[[nn.Module], bool]) -> list[str]:
+        owned = {
+            id(parameter)
+            for module in self._modules.values()
+            if wanted(module)
+            for parameter in module.parameters(recurse=False)
+        }
+        return [name for name, p in self.parameters.items() if id(p) in owned]
 
 
 def match(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -180,9 +165,13 @@ def match(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        hits = [n for n in names if f".{pattern}." in f".{n}." or fnmatchcase(n, pattern)]
+        hits = [
+            n for n in names if f".{pattern}." in f".{n}." or fnmatchcase(n, pattern)
+        ]
         if not hits:
-            endings = sorted({p for n in names for p in n.split(".") if not p.isdigit()})
+            endings = sorted(
+                {p for n in names for p in n.split(".") if not p.isdigit()}
+            )
             raise SelectionError(
                 f"module pattern {pattern!r} matches none of the {len(names)} "
                 f"parameters it could select. Their names are made of: "
@@ -192,25 +181,26 @@ def match(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [n for n in names if n in chosen]
 
 
-def _transformer(model: nn.Module) -> tuple[str, PreTrainedModel | None]:
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            return path, module
-    return "", None
+def _weight(module: nn.Module) -> tuple[Tensor | None, int]:
+    """Return a linear module's weight and the dimension of its output features."""
+    if isinstance(module, nn.MultiheadAttention):
+        return module.in_proj_weight, 0
+    if isinstance(module, nn.Linear):
+        return module.weight, 0
+    if isinstance(module, Conv1D):
+        return module.weight, 1
+    return None, 0
 
 
-def _owned_by(model: nn.Module, wanted: Any) -> list[str]:  # noqa: ANN401
-    owned = {
-        id(parameter)
-        for module in model.modules()
-        if wanted(module)
-        for parameter in module.parameters(recurse=False)
-    }
-    return [name for name, p in model.named_parameters() if id(p) in owned]
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _fused_parts(
-    path: str, module: nn.Module, config: Any, outputs: int  # noqa: ANN401
+    path: str,
+    module: nn.Module,
+    config: Any,
+    outputs: int,  # noqa: ANN401
 ) -> tuple[tuple[int, ...], ...]:
     """Return the output features of query, key and value, or one part for all."""
     whole = (tuple(range(outputs)),)
@@ -236,7 +226,9 @@ def _fused_parts(
 
 
 def _interleaved(
-    config: Any, heads: int, outputs: int  # noqa: ANN401
+    config: Any,
+    heads: int,
+    outputs: int,  # noqa: ANN401
 ) -> tuple[tuple[int, ...], ...] | None:
     """Split the Bloom, GPT-NeoX and Falcon layouts, where each head holds q, k, v.
 
@@ -253,7 +245,11 @@ def _interleaved(
     if outputs % (groups * (queries + 2)):
         return None
     width = outputs // (groups * (queries + 2))
-    slots = [range(queries), range(queries, queries + 1), range(queries + 1, queries + 2)]
+    slots = [
+        range(queries),
+        range(queries, queries + 1),
+        range(queries + 1, queries + 2),
+    ]
     return tuple(
         tuple(
             (group * (queries + 2) + slot) * width + feature
