@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ntk.factors import Factor, Matrix, Table, Vector
@@ -58,11 +59,25 @@ class Use:
         name: The parameter.
         output: The tensor whose gradients complete the factor.
         factor: From those gradients, one for each output of the model, to the factor.
+        inputs: What the factor keeps of the call; None if nothing.
+        layout: How the examples lie in the output.
     """
 
     name: str
     output: Tensor
     factor: Callable[[Sequence[Tensor]], Factor]
+    inputs: Tensor | None = None
+    layout: str = ""
+
+    def __post_init__(self) -> None:
+        # The gradient before any later change in place, as the parameter had it.
+        self.edge = get_gradient_edge(self.output)
+        self.shape, self.dtype = self.output.shape, self.output.dtype
+        self.version = 0 if self.inputs is None else self.inputs._version
+
+    def spoilt(self) -> bool:
+        """Whether the model has changed in place what the factor keeps."""
+        return self.inputs is not None and self.inputs._version != self.version
 
 
 Call = Mapping[str, Any]
@@ -104,16 +119,18 @@ class Recorder(TorchFunctionMode):
         if name == "batch_norm":
             _refuse_batch_statistics(args, kwargs)
         found = [
-            alias for value in _tensors((args, kwargs)) if (alias := self._of(value))
+            alias for value in _tensors((args, kwargs)) if (alias := self.of(value))
         ]
         if not found:
             return func(*args, **kwargs)
-        if name in SAME or name in VIEWS:
+        if name in LENDS and not (args and self.of(args[0])):
+            # The parameter lends its dtype or device alone.
+            return func(*args, **kwargs)
+        plain_sum = name == "add" and not any(
+            value.ndim for value in _tensors((args, kwargs)) if not self.of(value)
+        )
+        if name in SAME or name in VIEWS or plain_sum:
             output = func(*args, **kwargs)
-            if name == "add" and any(
-                isinstance(a, Tensor) and a.ndim for a in args if not self._of(a)
-            ):
-                return self._use(name, func, args, kwargs, found)
             return self._follow(name, func, args, kwargs, output, found)
         if name == "detach":
             return func(*args, **kwargs)
@@ -121,7 +138,8 @@ class Recorder(TorchFunctionMode):
 
     def of(self, value: Any) -> Alias | None:  # noqa: ANN401
         """Return what parameter a value is, if any."""
-        return self._of(value)
+        known = self.aliases.get(id(value))
+        return known[1] if known is not None else None
 
     def by_example(self, value: Tensor) -> Tensor:
         """Give the examples the first axis.
@@ -148,10 +166,6 @@ class Recorder(TorchFunctionMode):
             f"its tensor {tuple(value.shape)} is shared by the examples of a batch"
         )
 
-    def _of(self, value: Any) -> Alias | None:  # noqa: ANN401
-        known = self.aliases.get(id(value))
-        return known[1] if known is not None else None
-
     def _follow(
         self,
         name: str,
@@ -167,7 +181,7 @@ class Recorder(TorchFunctionMode):
         alias = found[0]
         if len(found) > 1:
             self._leave(found, f"it meets another parameter in {name}")
-        elif name in SAME:
+        elif name in SAME or name == "add":
             self._remember(output, alias)
         elif name in {"T", "t", "transpose", "permute", "mT"}:
             flipped = len(alias.shape) == 2 and alias.rows is None
@@ -219,8 +233,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         rule = RULES.get(name)
         call = _bind(name, args, kwargs) if rule is not None else None
-        served = {id(value) for value in (call or {}).values() if self._of(value)}
-        given = {id(value) for value in _tensors((args, kwargs)) if self._of(value)}
+        served = {id(value) for value in (call or {}).values() if self.of(value)}
+        given = {id(value) for value in _tensors((args, kwargs)) if self.of(value)}
         if rule is None or call is None or served != given:
             output = func(*args, **kwargs)
             if _tensors(output):
@@ -229,6 +243,7 @@ class Recorder(TorchFunctionMode):
         output = func(*_detached(args, self), **_detached(kwargs, self))
         if output.ndim > 2 and len(output) == self.examples:
             self.lengths.add(output.shape[1])
+        layout = self._layout(output)
         if not any(alias.name in self.wanted for alias in found):
             return output
         if name == "embedding" and len(output) == 1 and self.examples > 1:
@@ -239,10 +254,25 @@ class Recorder(TorchFunctionMode):
             leaf = output.detach().requires_grad_()
             output = leaf.clone()
         try:
-            self.uses += [u for u in rule(self, call, output) if u.name in self.wanted]
+            for use in rule(self, call, output):
+                if use.name in self.wanted:
+                    use.layout = layout
+                    self.uses.append(use)
         except NotByExampleError as error:
             self._leave(found, str(error))
         return output
+
+    def layouts(self) -> dict[str, tuple[str, ...]]:
+        """Return, by parameter, how the examples lay in the output of each use."""
+        found: dict[str, tuple[str, ...]] = {}
+        for use in self.uses:
+            found[use.name] = (*found.get(use.name, ()), use.layout)
+        return found
+
+    def _layout(self, output: Tensor) -> str:
+        if len(output) == self.examples:
+            return "pooled" if output.ndim <= 2 else "positions"
+        return "shared" if len(output) == 1 else "flattened"
 
     def _remember(self, value: Tensor, alias: Alias) -> None:
         self.aliases[id(value)] = (value, alias)
@@ -294,31 +324,37 @@ def complete(outputs: Tensor, recorder: Recorder) -> dict[str, list[Factor]]:
     Returns:
         The factors of every use of every served parameter.
     """
+    for use in recorder.uses:
+        if use.spoilt():
+            recorder.unserved.setdefault(use.name, "its layer's input is overwritten")
     uses = [u for u in recorder.uses if u.name not in recorder.unserved]
-    targets = list({id(u.output): u.output for u in uses}.values())
-    if not targets:
+    edges = list({u.edge: None for u in uses})
+    if not edges:
         return {}
-    gradients: dict[int, list[Tensor]] = {id(t): [] for t in targets}
+    gradients: list[tuple[Tensor | None, ...]] = []
     c = outputs.shape[1]
     for k in range(c):
         # Examples do not mix, so the sum's gradient is each example's own.
-        found = torch.autograd.grad(
-            outputs[:, k].sum(), targets, retain_graph=k + 1 < c, allow_unused=True
-        )
-        for target, gradient in zip(targets, found):
-            gradients[id(target)].append(
-                torch.zeros_like(target) if gradient is None else gradient
+        gradients.append(
+            torch.autograd.grad(
+                outputs[:, k].sum(), edges, retain_graph=k + 1 < c, allow_unused=True
             )
+        )
+    place = {edge: i for i, edge in enumerate(edges)}
     factors: dict[str, list[Factor]] = {}
     with torch.no_grad():
         for use in uses:
-            factor = use.factor(gradients[id(use.output)])
+            own = [several[place[use.edge]] for several in gradients]
+            zero = outputs.new_zeros(use.shape, dtype=use.dtype)
+            factor = use.factor([zero if g is None else g for g in own])
             factors.setdefault(use.name, []).append(factor)
     return factors
 
 
-SAME = {"float", "double", "to", "type", "type_as", "contiguous", "add"}
+SAME = {"float", "double", "to", "type", "type_as", "contiguous"}
 """Functions whose result has slope one in the parameter and its shape."""
+LENDS = {"to", "type_as", "expand_as", "view_as", "reshape_as", "new_zeros"}
+"""Methods whose other arguments only say what the result looks like."""
 VIEWS = {"T", "t", "transpose", "permute", "mT", "__getitem__", "chunk", "split"}
 """Functions whose result is a part or the transpose of the parameter."""
 ARGUMENTS = {
@@ -340,9 +376,11 @@ ARGUMENTS = {
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     "mul": ("a", "b"),
     "add": ("a", "b"),
+    "sub": ("a", "b"),
     "expand": ("a",),
 }
 KEYWORDS = {"normalized_shape": "shape", "num_groups": "groups"}
+OPERANDS = {"input": "a", "other": "b"}
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -355,12 +393,15 @@ def _name(func: Callable[..., Any]) -> str:
         "__rmul__": "mul",
         "multiply": "mul",
     }
-    return {**plain, "__add__": "add", "__radd__": "add"}.get(name, name)
+    return {**plain, "__add__": "add", "__radd__": "add", "__sub__": "sub"}.get(
+        name, name
+    )
 
 
 def _bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     bound = dict(zip(ARGUMENTS[name], args))
-    bound.update({KEYWORDS.get(key, key): value for key, value in kwargs.items()})
+    renamed = OPERANDS if ARGUMENTS[name][0] == "a" else KEYWORDS
+    bound.update({renamed.get(key, key): value for key, value in kwargs.items()})
     return bound
 
 
@@ -412,7 +453,7 @@ def _matrix(recorder: Recorder, call: Call, output: Tensor, alias: Alias) -> Use
         return Matrix(x, g, output_dim, alias.rows)
 
     recorder.by_example(output.detach())
-    return Use(alias.name, output, factor)
+    return Use(alias.name, output, factor, call["input"].detach())
 
 
 def _vector(
@@ -450,7 +491,8 @@ def _vector(
     def complete_vector(gradients: Sequence[Tensor]) -> Vector:
         return Vector(torch.stack([reduced(h) for h in gradients]))
 
-    return Use(alias.name, output, complete_vector)
+    kept = factor if factor is not None and factor.ndim else None
+    return Use(alias.name, output, complete_vector, kept)
 
 
 def _linear(recorder: Recorder, call: Call, output: Tensor) -> list[Use]:
@@ -496,7 +538,7 @@ def _embedding(recorder: Recorder, call: Call, output: Tensor) -> list[Use]:
         return Table(tokens, tuple(g))
 
     recorder.by_example(output.detach())
-    return [Use(alias.name, output, factor)]
+    return [Use(alias.name, output, factor, tokens)]
 
 
 def _normalised(
@@ -520,8 +562,8 @@ def _normalised(
     return rule
 
 
-def _elementwise(product: bool) -> Rule:
-    """Return the rule of a product or a sum with a tensor that is no parameter."""
+def _elementwise(name: str) -> Rule:
+    """Return the rule of an operation with a tensor that is no parameter."""
 
     def rule(recorder: Recorder, call: Call, output: Tensor) -> list[Use]:
         a, b = call["a"], call["b"]
@@ -530,7 +572,10 @@ def _elementwise(product: bool) -> Rule:
         plain = isinstance(other, Tensor) and call.keys() == {"a", "b"}
         if alias is None or recorder.of(other) or not plain:
             raise NotByExampleError("it meets a number or another parameter")
-        return [_vector(recorder, alias, output, other.detach() if product else None)]
+        slope = other.detach() if name == "mul" else None
+        if name == "sub" and recorder.of(b):
+            slope = output.new_tensor(-1.0)
+        return [_vector(recorder, alias, output, slope)]
 
     return rule
 
@@ -615,7 +660,8 @@ RULES: dict[str, Rule] = {
     ),
     "conv1d": _conv,
     "conv2d": _conv,
-    "mul": _elementwise(product=True),
-    "add": _elementwise(product=False),
+    "mul": _elementwise("mul"),
+    "add": _elementwise("add"),
+    "sub": _elementwise("sub"),
     "expand": _expand,
 }

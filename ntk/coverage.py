@@ -8,6 +8,7 @@ by parameter, with autograd's before any kernel is computed.
 
 import enum
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 
 from ntk.capture import complete, record
 from ntk.factors import Factor, dense
-from ntk.function import Batch, FunctionError, NetworkFunction, batch_length, take
+from ntk.function import (
+    Batch,
+    FunctionError,
+    NetworkFunction,
+    batch_length,
+    check_finite,
+    take,
+)
 
 
 class Service(enum.Enum):
@@ -38,7 +46,21 @@ class BatchDependenceError(FunctionError):
 EXAMPLES = 2
 """Examples that are compared. With one, sharing between examples cannot be seen."""
 
-Verdicts = dict[str, Service]
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a parameter is served.
+
+    Attributes:
+        service: The way.
+        layouts: How the examples lay in each of its uses when they were compared.
+    """
+
+    service: Service
+    layouts: tuple[str, ...] = ()
+
+
+Verdicts = dict[str, Verdict]
 _known: WeakKeyDictionary[nn.Module, dict[object, Verdicts]] = WeakKeyDictionary()
 
 
@@ -87,7 +109,6 @@ def _measure(
     function: NetworkFunction, batch: Batch, wanted: Collection[str]
 ) -> Verdicts:
     n = batch_length(batch)
-    _check_alone(function, batch)
     singles = [take(batch, slice(i, i + 1)) for i in range(n)]
     attempts = [(Service.BATCH, [batch]), (Service.SINGLE, singles)]
     verdicts: Verdicts = {}
@@ -95,16 +116,16 @@ def _measure(
     for service, groups in attempts if n > 1 else attempts[:1]:
         if not left:
             break
-        rebuilt, used = _rebuilt(function, groups, left)
+        rebuilt, layouts = _rebuilt(function, groups, left)
         errors, norms = _compare(function, batch, left, rebuilt)
         scale = max(norms.values())
         for name in sorted(left):
-            if name not in used and norms[name] == 0:
-                verdicts[name] = Service.UNUSED
+            if name not in layouts and norms[name] == 0:
+                verdicts[name] = Verdict(Service.UNUSED)
             elif _agree(function.model, name, errors[name], norms[name], scale):
-                verdicts[name] = service
+                verdicts[name] = Verdict(service, layouts.get(name, ()))
         left -= verdicts.keys()
-    return {**dict.fromkeys(left, Service.DEFINITION), **verdicts}
+    return {**dict.fromkeys(left, Verdict(Service.DEFINITION)), **verdicts}
 
 
 Rebuilt = Callable[[str, int], Tensor | None]
@@ -113,31 +134,32 @@ Rebuilt = Callable[[str, int], Tensor | None]
 
 def _rebuilt(
     function: NetworkFunction, groups: Sequence[Batch], wanted: Collection[str]
-) -> tuple[Rebuilt, set[str]]:
-    """Record groups of examples; return their gradients and the parameters seen.
+) -> tuple[Rebuilt, dict[str, tuple[str, ...]]]:
+    """Record groups of examples; return their gradients and how each was used.
 
     A model that cannot run with a batch's shared tensors expanded, or gives other
     outputs then, serves nothing this way.
     """
     found: list[tuple[dict[str, list[Factor]], int]] = []
     unserved: set[str] = set()
-    used: set[str] = set()
-    nothing: tuple[Rebuilt, set[str]] = (lambda name, i: None, set(wanted))
+    used: dict[str, tuple[str, ...]] = {}
+    nothing: Rebuilt = lambda name, i: None
+    everything: dict[str, tuple[str, ...]] = dict.fromkeys(wanted, ())
     for group in groups:
         try:
             outputs, recorder = record(function, group, wanted)
         except FunctionError:
             raise
         except (RuntimeError, IndexError, ValueError):
-            return nothing
+            return nothing, everything
         plain = function(group).detach()
         error = float((outputs.detach() - plain).norm())
         if error > _tolerance(plain.dtype) * float(plain.norm()):
-            return nothing
-        used |= {use.name for use in recorder.uses} | recorder.unserved.keys()
-        unserved |= recorder.unserved.keys()
+            return nothing, everything
         mixed = (outputs @ _mixture(outputs))[:, None]
         factors = complete(mixed, recorder)
+        unserved |= recorder.unserved.keys()
+        used |= recorder.layouts() | dict.fromkeys(recorder.unserved, ())
         found += [(factors, i) for i in range(batch_length(group))]
 
     def gradient(name: str, i: int) -> Tensor | None:
@@ -168,6 +190,7 @@ def _compare(
     }
     outputs = function(batch, leaves)
     mixed = outputs @ _mixture(outputs)
+    count = len(mixed)
 
     def compare(name: str, i: int, expected: Tensor | None) -> None:
         found = rebuilt(name, i)
@@ -179,7 +202,7 @@ def _compare(
             errors[name] += float((found.to(expected) - expected.flatten()).norm())
         norms[name] += 0.0 if expected is None else float(expected.norm())
 
-    for i in range(len(mixed)):
+    for i in range(count):
         seen: set[str] = set()
 
         def arrived(leaf: Tensor, *, name: str, i: int, seen: set[str]) -> None:
@@ -195,7 +218,8 @@ def _compare(
             )
             for name in wanted
         ]
-        mixed[i].backward(retain_graph=i + 1 < len(mixed))
+        if mixed.requires_grad:
+            mixed[i].backward(retain_graph=i + 1 < count)
         for hook in hooks:
             hook.remove()
         for name in set(wanted) - seen:
@@ -226,11 +250,18 @@ def _tolerance(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps ** 0.5
 
 
-def _check_alone(function: NetworkFunction, batch: Batch) -> None:
-    """Refuse a model whose output for an example depends on its batch."""
+def check_alone(function: NetworkFunction, batch: Batch) -> None:
+    """Refuse a model whose output for an example depends on its batch.
+
+    Args:
+        function: The model and its readout, in evaluation mode.
+        batch: Examples; the first few are used.
+    """
+    some = take(batch, slice(0, EXAMPLES))
     with torch.no_grad():
-        together = function(batch)
-        alone = function(take(batch, slice(0, 1)))
+        together = function(some)
+        check_finite(function.model, together)
+        alone = function(take(some, slice(0, 1)))
     error = float((together[:1] - alone).norm())
     if error > _tolerance(together.dtype) * max(float(together.norm()), 1e-6):
         raise BatchDependenceError(

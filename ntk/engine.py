@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ntk import coverage
 from ntk.capture import complete, record
-from ntk.coverage import Service
-from ntk.factors import Contraction, Factor, Matrix, Vector, gram
-from ntk.function import Batch, FunctionError, NetworkFunction, batch_length, take
+from ntk.coverage import Service, Verdict
+from ntk.factors import Contraction, Factor, Matrix, Vector, dense, gram
+from ntk.function import Batch, NetworkFunction, batch_length, take
 from ntk.jacobian import Key, jacobian, products_kernel
-from ntk.maps import Map, Maps, Slices, Whole
+from ntk.maps import LowRank, Map, Maps, Slices, Whole
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done and the steps in all."""
@@ -129,13 +129,21 @@ class Engine:
             The Gram matrices as kernels, and how they were made.
         """
         names = list(dict.fromkeys(job.name for job in self.jobs))
+        sample = self._sample()
+        coverage.check_alone(self.function, sample)
         if by_factors:
-            verdicts = coverage.services(self.function, self.left[0], names)
+            verdicts = coverage.services(self.function, sample, names)
         else:
-            verdicts = dict.fromkeys(names, Service.DEFINITION)
+            verdicts = dict.fromkeys(names, Verdict(Service.DEFINITION))
         stored, others = self._store(verdicts)
         grams, traces = self._contract(stored, others)
-        return KernelResult(grams, traces, self._sizes(), verdicts)
+        served = {name: verdict.service for name, verdict in verdicts.items()}
+        return KernelResult(grams, traces, self._sizes(), served)
+
+    def _sample(self) -> Batch:
+        """Return examples to compare on; one alone cannot show what batches share."""
+        several = (b for b in (*self.left, *self.right) if batch_length(b) > 1)
+        return next(several, self.left[0])
 
     def run_products(self) -> KernelResult:
         """Compute every space's Gram matrix by NTK-vector products.
@@ -143,6 +151,7 @@ class Engine:
         Returns:
             The Gram matrices as kernels.
         """
+        coverage.check_alone(self.function, self._sample())
         total = len(self.maps) * sum(map(batch_length, self.right))
         counter = Counter("NTK-vector products", total, self.progress)
         kernels = {
@@ -160,20 +169,27 @@ class Engine:
         }
 
     def _store(
-        self, verdicts: dict[str, Service]
+        self, verdicts: coverage.Verdicts
     ) -> tuple[dict[Key, Stored], dict[Key, Stored]]:
-        """Run all passes over both sides; the same store if they share examples."""
+        """Run all passes over both sides; the same store if they share examples.
+
+        What a batch uses otherwise than the examples that were compared did is served
+        one example at a time, where everything belongs to that example, and what no
+        rule serves then by the definition.
+        """
         sides = [self.left] if self.prefix else [self.left, self.right]
         count = sum(map(batch_length, (b for side in sides for b in side)))
-        passes = set(verdicts.values()) - {Service.UNUSED}
-        counter = Counter("passes", count * len(passes), self.progress)
+        passes = {v.service for v in verdicts.values()} - {Service.UNUSED}
+        counter = Counter("passes", count * max(1, len(passes)), self.progress)
         stores = []
         for side in sides:
             store: dict[Key, Stored] = {}
-            late = self._factor_passes(side, Service.BATCH, verdicts, store, counter)
-            # What no pass had seen until now is exact one example at a time.
-            verdicts.update(dict.fromkeys(late, Service.SINGLE))
-            self._factor_passes(side, Service.SINGLE, verdicts, store, counter)
+            for service, instead in (
+                (Service.BATCH, Service.SINGLE),
+                (Service.SINGLE, Service.DEFINITION),
+            ):
+                late = self._factor_passes(side, service, verdicts, store, counter)
+                verdicts.update(dict.fromkeys(late, Verdict(instead)))
             wanted = self._maps_of(Service.DEFINITION, verdicts)
             if wanted:
                 rows = jacobian(self.function, side, wanted, counter)
@@ -182,10 +198,10 @@ class Engine:
             stores.append(store)
         return stores[0], stores[-1]
 
-    def _maps_of(self, service: Service, verdicts: Mapping[str, Service]) -> Maps:
+    def _maps_of(self, service: Service, verdicts: coverage.Verdicts) -> Maps:
         chosen: Maps = {}
         for job in self.jobs:
-            if verdicts[job.name] is service:
+            if verdicts[job.name].service is service:
                 chosen[job.name] = (*chosen.get(job.name, ()), job.stored)
         return chosen
 
@@ -193,63 +209,60 @@ class Engine:
         self,
         side: list[Batch],
         service: Service,
-        verdicts: Mapping[str, Service],
+        verdicts: coverage.Verdicts,
         store: dict[Key, Stored],
         counter: Counter,
     ) -> set[str]:
-        """Store what one kind of pass serves; return unused ones that were used."""
+        """Store what one kind of pass serves; return what it turned out not to."""
+        single = service is Service.SINGLE
         served = self._maps_of(service, verdicts)
-        watched = {n for n, v in verdicts.items() if v is Service.UNUSED}
-        if not served:
+        watched = {n for n, v in verdicts.items() if v.service is Service.UNUSED}
+        if not served and (single or not watched):
             return set()
         parts: dict[Key, list[Tensor]] = {}
         factors: dict[Key, list[list[Factor]]] = {}
         late: set[str] = set()
-        for batch in side:
-            for group in _groups(batch, single=service is Service.SINGLE):
-                found, seen = self._pass(group, {*served, *watched}, served)
-                late |= watched & seen
-                for name, maps in served.items():
-                    uses = found.get(name) or [self._nothing(name, group)]
-                    for each in maps:
-                        key = (name, each)
-                        if isinstance(each, Whole) and not isinstance(uses[0], Vector):
-                            factors.setdefault(key, []).append(uses)
-                        else:
-                            parts.setdefault(key, []).append(_features(each, uses))
-                counter(batch_length(group))
-        store.update(factors)
-        # A single batch is kept as it is: concatenating would copy it.
-        store.update(
-            {k: p[0] if len(p) == 1 else torch.cat(p, dim=1) for k, p in parts.items()}
-        )
+        for group in (g for batch in side for g in groups(batch, single=single)):
+            outputs, recorder = record(self.function, group, {*served, *watched} - late)
+            self.outputs = outputs.shape[1]
+            layouts = recorder.layouts()
+            recorder.uses = [u for u in recorder.uses if u.name in served]
+            found = complete(outputs, recorder)
+            late |= recorder.unserved.keys() & served.keys()
+            late |= watched & (layouts.keys() | recorder.unserved.keys())
+            if not single and batch_length(group) > 1:
+                late |= {
+                    name
+                    for name in layouts.keys() & served.keys()
+                    if layouts[name] != verdicts[name].layouts
+                }
+            for name in served.keys() - late:
+                uses = found.get(name) or [self._nothing(name, group)]
+                for each in served[name]:
+                    key = (name, each)
+                    if isinstance(each, Whole):
+                        factors.setdefault(key, []).append(uses)
+                    else:
+                        shape = self.shapes[name]
+                        parts.setdefault(key, []).append(_features(each, uses, shape))
+            counter(batch_length(group))
+        for key, several in factors.items():
+            if key[0] not in late:
+                store[key] = _small(several, self.shapes[key[0]])
+        for key, rows in parts.items():
+            if key[0] not in late:
+                # A single batch is kept as it is: concatenating would copy it.
+                store[key] = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         return late
-
-    def _pass(
-        self, group: Batch, wanted: set[str], served: Mapping[str, object]
-    ) -> tuple[dict[str, list[Factor]], set[str]]:
-        """Return the factors of the served parameters and which were seen."""
-        outputs, recorder = record(self.function, group, wanted)
-        lost = served.keys() & recorder.unserved.keys()
-        if lost:
-            raise FunctionError(
-                f"parameter {min(lost)!r} enters the computation differently from the "
-                f"first examples ({recorder.unserved[min(lost)]}). Use "
-                "implementation='jacobian'."
-            )
-        self.outputs = outputs.shape[1]
-        seen = {use.name for use in recorder.uses} | recorder.unserved.keys()
-        recorder.uses = [u for u in recorder.uses if u.name in served]
-        return complete(outputs, recorder), seen
 
     def _nothing(self, name: str, group: Batch) -> Factor:
         """Return the factor of a parameter that a batch did not use."""
         shape, n, c = self.shapes[name], batch_length(group), self.outputs
         like = self.function.model.get_parameter(name)
-        if len(shape) != 2:
+        if len(shape) < 2:
             return Vector(like.new_zeros(c, n, shape.numel()))
         g = tuple(like.new_zeros(n, 0, shape[0]) for _ in range(c))
-        return Matrix(like.new_zeros(n, 0, shape[1]), g)
+        return Matrix(like.new_zeros(n, 0, shape.numel() // shape[0]), g)
 
     def _contract(
         self, stored: dict[Key, Stored], others: dict[Key, Stored]
@@ -285,8 +298,9 @@ class Engine:
         """Return the Gram matrix of every map that the job serves."""
         if not isinstance(left, Tensor):
             assert not isinstance(right, Tensor)
-            count = len(self.right) if len(left) == len(self.left) else m
-            whole = gram(left, right[:count], self.shapes[job.name], self.how)
+            if self.prefix:
+                right = right[: len(self.right) if len(left) == len(self.left) else m]
+            whole = gram(left, right, self.shapes[job.name], self.how)
             return [(each, whole) for each in job.members]
         assert isinstance(right, Tensor)
         right = right if right.shape[1] == m else right[:, :m]
@@ -403,22 +417,37 @@ def _trace(block: Tensor, c: int, n: int, m: int) -> float:
     return float(by_output.diagonal(dim1=0, dim2=1).sum())
 
 
-def _groups(batch: Batch, *, single: bool) -> list[Batch]:
+def groups(batch: Batch, *, single: bool) -> list[Batch]:
+    """Return what one pass runs on: a batch, or each of its examples."""
     if not single:
         return [batch]
     return [take(batch, slice(i, i + 1)) for i in range(batch_length(batch))]
 
 
-def _features(each: Map, uses: list[Factor]) -> Tensor:
+def _small(uses: list[list[Factor]], shape: torch.Size) -> Stored:
+    """Turn the factors of a small parameter, its gradients themselves, into features."""
+    if all(isinstance(factor, Vector) for batch in uses for factor in batch):
+        return torch.cat([dense(batch, shape) for batch in uses], dim=1)
+    return uses
+
+
+def _features(
+    each: Slices | LowRank, uses: Sequence[Factor], shape: torch.Size
+) -> Tensor:
     """Return the features ``(c, n, p)`` that all uses of a parameter add up to."""
     total: Tensor | None = None
     for factor in uses:
-        if isinstance(factor, Vector):
-            part = factor.v
+        if (
+            isinstance(factor, Matrix)
+            and factor.rows is None
+            and factor.output_dim == each.of.output_dim
+        ):
+            part = each.features(factor.g, factor.x)
         else:
-            assert isinstance(factor, Matrix)
-            assert not isinstance(each, Whole)
-            part = each.features(factor.all_rows(each.of.outputs), factor.x)
+            # Used otherwise than as the layer that owns it uses it.
+            gradient = dense([factor], shape).unflatten(2, shape)
+            turned = gradient if each.of.output_dim == 0 else gradient.transpose(2, 3)
+            part = each.of_gradient(turned)
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -68,15 +68,6 @@ class Matrix:
             part = torch.bmm(g[..., inside].transpose(1, 2), self.x)
             out[k].index_add_(1, self.rows[inside] - start, part)
 
-    def all_rows(self, outputs: int) -> tuple[Tensor, ...]:
-        """Return each output's gradients ``(n, t, outputs)``, zero where unused."""
-        if self.rows is None:
-            return self.g
-        whole = [g.new_zeros(*g.shape[:2], outputs) for g in self.g]
-        return tuple(
-            w.index_copy_(2, self.rows, g) for w, g in zip(whole, self.g, strict=True)
-        )
-
     def example(self, i: int) -> "Matrix":
         """Return the factor of one example."""
         g = tuple(h[i : i + 1] for h in self.g)
@@ -203,10 +194,12 @@ def gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor
     Returns:
         ``(c n, c m)`` in float64, or ``(n, m)`` if not coupled.
     """
-    kinds = {type(factor) for batch in (*left, *right) for factor in batch}
-    if kinds == {Table}:
+    factors = [factor for batch in (*left, *right) for factor in batch]
+    if all(_sparse(factor) for factor in factors):
         return _table_gram(left, right, shape, how)
-    if kinds == {Matrix} and how.linear and _tokens_are_cheaper(left, right, shape):
+    if all(isinstance(f, Matrix) and f.rows is None for f in factors) and (
+        how.linear and _tokens_are_cheaper(left, right, shape)
+    ):
         return _token_gram(left, right, how)
     return _block_gram(left, right, shape, how)
 
@@ -258,12 +251,14 @@ def token_operations(left: Uses, right: Uses) -> float:
     return total
 
 
+def _sparse(factor: Factor) -> bool:
+    """Whether a factor touches few rows of the stored parameter, and says which."""
+    return isinstance(factor, Table) or (
+        isinstance(factor, Matrix) and factor.rows is not None
+    )
+
+
 def _tokens_are_cheaper(left: Uses, right: Uses, shape: torch.Size) -> bool:
-    rows = [
-        f.rows for s in (left, right) for b in s for f in b if isinstance(f, Matrix)
-    ]
-    if any(r is not rows[0] for r in rows):
-        return False
     return token_operations(left, right) < block_operations(left, right, shape)
 
 
@@ -271,7 +266,7 @@ def _token_gram(left: Uses, right: Uses, how: Contraction) -> Tensor:
     """Sum (g_t . g'_s) (x_t . x'_s) over the positions t and s of two examples."""
     c = _outputs(left) if how.coupled else 1
     n, m = _examples(left), _examples(right)
-    device = next(f.g[0].device for f in left[0] if isinstance(f, Matrix))
+    device = _like(left[0][0]).device
     total = torch.zeros(c, n, c, m, dtype=torch.float64, device=device)
     i = 0
     for uses in left:
@@ -335,9 +330,7 @@ def _block_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) ->
 
 
 def _workspace(uses: Uses, c: int, entries: int) -> Tensor:
-    factor = uses[0][0]
-    like = factor.v if isinstance(factor, Vector) else factor.g[0]
-    return like.new_empty(c * _examples(uses) * entries)
+    return _like(uses[0][0]).new_empty(c * _examples(uses) * entries)
 
 
 def _block(
@@ -358,7 +351,7 @@ def _block(
 
 
 def _table_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor:
-    """Contract embedding rows token by token: only equal tokens meet."""
+    """Contract rows of a table one by one: only equal tokens meet."""
     n, m = _examples(left), _examples(right)
     example, token, values = _entries(left, shape[0])
     same = _prefix(left, right) and n == m
@@ -391,23 +384,31 @@ def _table_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) ->
 def _entries(uses: Uses, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the nonzero rows of every example: example, token, ``(c, rows, d)``.
 
-    A token that an example holds several times gives one row, the sum, which is what
+    A row that an example holds several times is given once, the sum, which is what
     the sign of a gradient is taken of.
     """
     keys, values, offset = [], [], 0
     for batch in uses:
+        n = _examples([batch])
+        number = torch.arange(offset, offset + n, device=_like(batch[0]).device)
         for factor in batch:
-            assert isinstance(factor, Table)
-            n = len(factor.tokens)
-            number = torch.arange(offset, offset + n, device=factor.tokens.device)
-            keys.append((number[:, None] * vocabulary + factor.tokens).flatten())
-            values.append(torch.stack([g.flatten(0, 1) for g in factor.g]))
+            if isinstance(factor, Table):
+                rows, gradients = factor.tokens, factor.g
+            else:
+                assert isinstance(factor, Matrix)
+                assert factor.rows is not None
+                rows = factor.rows
+                gradients = tuple(
+                    torch.bmm(g.transpose(1, 2), factor.x) for g in factor.g
+                )
+            keys.append((number[:, None] * vocabulary + rows).flatten())
+            values.append(torch.stack([g.flatten(0, 1) for g in gradients]))
         offset += n
     unique, inverse = torch.cat(keys).unique(return_inverse=True)
     gathered = torch.cat(values, dim=1)
-    rows = gathered.new_zeros(len(gathered), len(unique), gathered.shape[2])
-    rows.index_add_(1, inverse, gathered)
-    return unique // vocabulary, unique % vocabulary, rows
+    summed = gathered.new_zeros(len(gathered), len(unique), gathered.shape[2])
+    summed.index_add_(1, inverse, gathered)
+    return unique // vocabulary, unique % vocabulary, summed
 
 
 def _shared_tokens(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -430,6 +431,10 @@ def _prefix(left: Uses, right: Uses) -> bool:
     return len(right) <= len(left) and all(
         a is b for a, b in zip(left, right, strict=False)
     )
+
+
+def _like(factor: Factor) -> Tensor:
+    return factor.v if isinstance(factor, Vector) else factor.g[0]
 
 
 def _examples(uses: Uses) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 Batch = Mapping[str, Any] | Tensor
@@ -140,15 +141,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def check_parameters(model: nn.Module) -> None:
-    """Refuse weights that have no gradient.
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that has no gradient or no output for each example.
 
     Args:
         model: The model.
 
     Raises:
-        FunctionError: If a parameter is quantised.
+        FunctionError: If it has no parameters, a parameter is quantised, or a layer
+            normalises over the batch.
     """
+    if next(model.parameters(), None) is None:
+        raise FunctionError(f"model {type(model).__name__} has no parameters.")
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise FunctionError(
+                f"{name!r} normalises with the statistics of the batch, so an example's "
+                "output depends on the others and has no kernel of its own. Use running "
+                "statistics (track_running_stats=True) or GroupNorm."
+            )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
             raise FunctionError(

@@ -184,15 +184,17 @@ def _looped(tangent: _Tangent, batch: Batch) -> Coordinates:
     for i in range(batch_length(batch)):
         delta = {key: zero.requires_grad_() for key, zero in tangent.zero().items()}
         outputs = tangent(delta, take(batch, slice(i, i + 1)))[0]
-        gradients = [
-            torch.autograd.grad(
+        for key, value in delta.items():
+            rows.setdefault(key, []).append(value.new_zeros(len(outputs), len(value)))
+        if not outputs.requires_grad:
+            continue
+        for k in range(len(outputs)):
+            gradients = torch.autograd.grad(
                 outputs[k], list(delta.values()), retain_graph=True, allow_unused=True
             )
-            for k in range(len(outputs))
-        ]
-        for j, (key, value) in enumerate(delta.items()):
-            several = [g[j] if g[j] is not None else value * 0 for g in gradients]
-            rows.setdefault(key, []).append(torch.stack(several).detach())
+            for key, gradient in zip(delta, gradients, strict=True):
+                if gradient is not None:
+                    rows[key][-1][k] = gradient
     return {key: torch.stack(several) for key, several in rows.items()}
 
 

@@ -29,7 +29,7 @@ from ntk.function import (
     NetworkFunction,
     Readout,
     batch_length,
-    check_parameters,
+    check_model,
     evaluating,
     logits,
     to_batches,
@@ -171,7 +171,7 @@ def compute(
         ValueError: If an argument has a value that is not one of its choices.
     """
     _check_choices(spaces, reduce, kind, implementation)
-    check_parameters(model)
+    check_model(model)
     device = next(model.parameters()).device
     architecture = Architecture(model)
     maps = {name: space.maps(architecture) for name, space in spaces.items()}
@@ -268,8 +268,11 @@ def _check_choices(
 
 
 def _first(inputs: Inputs, count: int) -> Inputs:
-    if isinstance(inputs, Mapping | Tensor):
-        raise ValueError(f"other={count} needs inputs as a list of batches.")
+    if isinstance(inputs, Mapping | Tensor) or not 1 <= count <= len(inputs):
+        raise ValueError(
+            f"other={count} needs inputs as a list of at least as many batches, and at "
+            "least 1."
+        )
     return inputs[:count]
 
 

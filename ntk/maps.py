@@ -106,6 +106,12 @@ class Slices:
             pieces.append(contract(part, _pick([x], self.columns)[0]))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
+        rows = gradient[:, :, list(self.rows)].flatten(2)
+        others = gradient[:, :, list(self.other_rows)][..., list(self.columns)]
+        return torch.cat([rows, others.flatten(2)], dim=2)
+
     def shift(self, weight: Tensor, delta: Tensor) -> Tensor:
         """Return the parameter moved by ``delta``, ``(size,)``."""
         moved = oriented(weight, self.of)
@@ -183,6 +189,11 @@ class LowRank:
         for k, each in enumerate(g):
             torch.bmm(low.transpose(1, 2), each, out=products[k])
         return products.flatten(2)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
+        down = self.scaling * self.down.to(gradient)
+        return (down @ gradient.transpose(2, 3)).flatten(2)
 
     def shift(self, weight: Tensor, delta: Tensor) -> Tensor:
         """Return the parameter moved by ``delta``, ``(size,)``."""

@@ -61,23 +61,35 @@ class Space:
 
         Returns:
             The maps of every parameter that the space touches.
+        """
+        known = model if isinstance(model, Architecture) else Architecture(model)
+        chosen = self.chosen_parameters(known)
+        return {name: (self._map(known, name, of),) for name, of in chosen.items()}
+
+    def chosen_parameters(self, model: Architecture) -> dict[str, LinearWeight | None]:
+        """Return the parameters that the space touches.
+
+        Args:
+            model: What is known of the model.
+
+        Returns:
+            For each name the linear weight, if the space treats it as one.
 
         Raises:
             SelectionError: If the space selects nothing of the model.
         """
-        known = model if isinstance(model, Architecture) else Architecture(model)
-        available = self._available(known)
+        available = self._available(model)
         chosen = list(available)
         if chosen and self.patterns:
             chosen = match(chosen, self.patterns)
         if chosen and self.blocks:
-            chosen = _in_blocks(known, chosen, self.blocks)
+            chosen = _in_blocks(model, chosen, self.blocks)
         if not chosen:
             raise SelectionError(
                 f"space {self.name!r} selects no parameter of "
-                f"{type(known.model).__name__}: {self._nothing()}."
+                f"{type(model.model).__name__}: {self._nothing()}."
             )
-        return {name: (self._map(known, name, available[name]),) for name in chosen}
+        return {name: available[name] for name in chosen}
 
     @property
     def name(self) -> str:
@@ -189,6 +201,8 @@ class _Sliced(_OfLinear):
                 f"{type(self).__name__}(3), or indices=(0, 5, 7), not "
                 f"{'both' if self.count is not None else 'neither'}."
             )
+        if self.count is not None and type(self.count) is not int:
+            raise SelectionError(f"count={self.count!r} must be a whole number.")
 
     @property
     def needs_examples(self) -> bool:
@@ -223,12 +237,22 @@ class _Sliced(_OfLinear):
                 statistics=statistics,
             )
         given = self.indices
-        chosen = given[of.name] if isinstance(given, Mapping) else given
-        limit = of.outputs if axis == "row" else of.inputs
-        if not chosen or len(set(chosen)) != len(chosen) or max(chosen) >= limit:
+        if isinstance(given, Mapping) and of.name not in given:
             raise SelectionError(
-                f"indices={tuple(chosen)} must be distinct, at least one, and below "
-                f"the {limit} {axis}s of {of.name!r}."
+                f"indices has no entry for {of.name!r}. Give one for every weight, or "
+                "restrict the space with .at(...)."
+            )
+        chosen = tuple(given[of.name] if isinstance(given, Mapping) else given)
+        limit = of.outputs if axis == "row" else of.inputs
+        distinct = set(chosen)
+        if (
+            len(distinct) != len(chosen)
+            or not distinct
+            or not distinct <= set(range(limit))
+        ):
+            raise SelectionError(
+                f"indices={chosen} must be distinct, at least one, and from 0 to "
+                f"{limit - 1}, the {axis}s of {of.name!r}."
             )
         return tuple(sorted(chosen))
 

