@@ -103,7 +103,7 @@ def _statistics(
     outputs: Readout | None,
     batch_size: int | None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return, by weight, input norms ``(d_in,)`` and gradient energies by row, column."""
+    """Return, by weight, input norms ``(d_in,)`` and energies by row and column."""
     check_model(model)
     device = next(model.parameters()).device
     batches = to_batches(inputs, device, batch_size)

@@ -107,13 +107,13 @@ class Recorder(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __torch_function__(  # noqa: D105
+    def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Any,  # noqa: ANN401, ARG002
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
         if name == "batch_norm":
@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         return self._use(name, func, args, kwargs, found)
 
-    def of(self, value: Any) -> Alias | None:  # noqa: ANN401
+    def of(self, value: Any) -> Alias | None:
         """Return what parameter a value is, if any."""
         known = self.aliases.get(id(value))
         return known[1] if known is not None else None
@@ -172,9 +172,9 @@ class Recorder(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        output: Any,  # noqa: ANN401
+        output: Any,
         found: list[Alias],
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Remember what the outputs of a view or a cast are of the parameter."""
         if not list(_tensors(output)):
             return output
@@ -201,7 +201,7 @@ class Recorder(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        output: Any,  # noqa: ANN401
+        output: Any,
         alias: Alias,
     ) -> None:
         """Apply an indexing function to the row numbers to see which rows it takes."""
@@ -230,7 +230,7 @@ class Recorder(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         found: list[Alias],
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         rule = RULES.get(name)
         call = _bind(name, args, kwargs) if rule is not None else None
         served = {id(value) for value in (call or {}).values() if self.of(value)}
@@ -405,7 +405,7 @@ def _bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
     return bound
 
 
-def _tensors(value: Any) -> list[Tensor]:  # noqa: ANN401
+def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, list | tuple):
@@ -415,7 +415,7 @@ def _tensors(value: Any) -> list[Tensor]:  # noqa: ANN401
     return []
 
 
-def _detached(value: Any, recorder: Recorder) -> Any:  # noqa: ANN401
+def _detached(value: Any, recorder: Recorder) -> Any:
     if isinstance(value, Tensor):
         return value.detach() if recorder.of(value) else value
     if isinstance(value, tuple | list):

@@ -135,11 +135,9 @@ Rebuilt = Callable[[str, int], Tensor | None]
 def _rebuilt(
     function: NetworkFunction, groups: Sequence[Batch], wanted: Collection[str]
 ) -> tuple[Rebuilt, dict[str, tuple[str, ...]]]:
-    """Record groups of examples; return their gradients and how each was used.
-
-    A model that cannot run with a batch's shared tensors expanded, or gives other
-    outputs then, serves nothing this way.
-    """
+    """Record groups of examples; return their gradients and how each was used."""
+    # A model that cannot run with a batch's shared tensors expanded, or gives other
+    # outputs then, serves nothing this way.
     found: list[tuple[dict[str, list[Factor]], int]] = []
     unserved: set[str] = set()
     used: dict[str, tuple[str, ...]] = {}
@@ -178,11 +176,9 @@ def _rebuilt(
 def _compare(
     function: NetworkFunction, batch: Batch, wanted: Collection[str], rebuilt: Rebuilt
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return, by parameter, the norms of the error and of autograd's gradient.
-
-    Each gradient is compared and dropped as the backward pass leaves it, so that no
-    more than one parameter's is in memory.
-    """
+    """Return, by parameter, the norms of the error and of autograd's gradient."""
+    # Each gradient is compared and dropped as the backward pass leaves it, so that no
+    # more than one parameter's is in memory.
     errors, norms = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
     leaves = {
         name: p.detach().requires_grad_(name in wanted)
@@ -236,11 +232,9 @@ def _mixture(outputs: Tensor) -> Tensor:
 def _agree(
     model: nn.Module, name: str, error: float, norm: float, scale: float
 ) -> bool:
-    """Whether two gradients agree but for rounding.
-
-    A gradient that is zero in exact arithmetic (a key's bias) is rounding alone, so
-    differences far below the model's largest gradient count as agreement too.
-    """
+    """Whether two gradients agree but for rounding."""
+    # A gradient that is zero in exact arithmetic (a key's bias) is rounding alone, so
+    # differences far below the model's largest gradient count as agreement too.
     tolerance = _tolerance(model.get_parameter(name).dtype)
     return error <= tolerance * max(norm, 1e-3 * scale)
 
@@ -256,6 +250,9 @@ def check_alone(function: NetworkFunction, batch: Batch) -> None:
     Args:
         function: The model and its readout, in evaluation mode.
         batch: Examples; the first few are used.
+
+    Raises:
+        BatchDependenceError: If the first example alone gives other outputs.
     """
     some = take(batch, slice(0, EXAMPLES))
     with torch.no_grad():

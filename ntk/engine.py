@@ -171,12 +171,10 @@ class Engine:
     def _store(
         self, verdicts: coverage.Verdicts
     ) -> tuple[dict[Key, Stored], dict[Key, Stored]]:
-        """Run all passes over both sides; the same store if they share examples.
-
-        What a batch uses otherwise than the examples that were compared did is served
-        one example at a time, where everything belongs to that example, and what no
-        rule serves then by the definition.
-        """
+        """Run all passes over both sides; the same store if they share examples."""
+        # What a batch uses otherwise than the examples that were compared did is served
+        # one example at a time, where everything belongs to that example, and what no
+        # rule serves then by the definition.
         sides = [self.left] if self.prefix else [self.left, self.right]
         count = sum(map(batch_length, (b for side in sides for b in side)))
         passes = {v.service for v in verdicts.values()} - {Service.UNUSED}

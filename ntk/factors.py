@@ -243,8 +243,9 @@ def block_operations(left: Uses, right: Uses, shape: torch.Size) -> float:
 def token_operations(left: Uses, right: Uses) -> float:
     """Return the multiply-adds of comparing every position with every other."""
     total = 0.0
-    for a in (f for b in left for f in b if isinstance(f, Matrix)):
-        for b in (f for b in right for f in b if isinstance(f, Matrix)):
+    ours, theirs = ([f for b in side for f in b] for side in (left, right))
+    for a in (f for f in ours if isinstance(f, Matrix)):
+        for b in (f for f in theirs if isinstance(f, Matrix)):
             pairs = len(a.g) * len(b.g)
             each = a.x.shape[2] + pairs * (a.g[0].shape[2] + TOKEN_OVERHEAD)
             total += a.positions() * b.positions() * each

@@ -23,7 +23,7 @@ class FunctionError(ValueError):
     """A model whose per-example outputs are undefined, unreadable or not finite."""
 
 
-def logits(output: Any) -> Tensor:  # noqa: ANN401
+def logits(output: Any) -> Tensor:
     """Return the model's output itself if it is a tensor, else its `.logits`.
 
     Args:
@@ -103,13 +103,13 @@ class Float64Throughout(TorchFunctionMode):
     for float32 is one for float64.
     """
 
-    def __torch_function__(  # noqa: D105
+    def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Any,  # noqa: ANN401, ARG002
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         if func is Tensor.float:
             return Tensor.double(*args, **(kwargs or {}))
         wide = [torch.float64 if a is torch.float32 else a for a in args]

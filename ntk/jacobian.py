@@ -6,6 +6,7 @@ positions, which makes it slow and makes it the judge of everything that is fast
 """
 
 from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 from torch.func import jacrev, jvp, vmap

@@ -68,7 +68,7 @@ class Slices:
         chosen = set(self.rows)
         return tuple(i for i in range(self.of.outputs) if i not in chosen)
 
-    def size(self, shape: Sequence[int]) -> int:  # noqa: ARG002
+    def size(self, shape: Sequence[int]) -> int:
         """Return the number of coordinates."""
         rows = len(self.rows) * self.of.inputs
         return rows + len(self.other_rows) * len(self.columns)
@@ -158,7 +158,7 @@ class LowRank:
         uniform = torch.rand(self.rank, self.of.inputs, generator=generator)
         return (2 * uniform.double() - 1) / self.of.inputs**0.5
 
-    def size(self, shape: Sequence[int]) -> int:  # noqa: ARG002
+    def size(self, shape: Sequence[int]) -> int:
         """Return the number of coordinates."""
         return self.of.outputs * self.rank
 

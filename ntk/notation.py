@@ -107,7 +107,7 @@ def _term(text: str) -> Space:
         ) from None
 
 
-def _value(text: str, key: str, kind: Callable[[str], Any], value: str) -> Any:  # noqa: ANN401
+def _value(text: str, key: str, kind: Callable[[str], Any], value: str) -> Any:
     try:
         return kind(value)
     except ValueError:

@@ -7,8 +7,10 @@ the rest are thin and grey, so that the first ones stay readable.
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from numbers import Real
 from typing import Any
 
 import matplotlib as mpl
@@ -110,7 +112,7 @@ def plot_heatmap(
         The same axes; its only image is the kernel.
     """
     values = np.ma.masked_invalid(np.asarray(kernel, dtype=float))
-    ax.imshow(values, cmap=_diverging(), vmin=-1, vmax=1, interpolation="nearest")
+    ax.imshow(values, cmap=_diverging(), vmin=-1, vmax=1, interpolation="none")
     runs = [(label, len(list(run))) for label, run in groupby(labels)]
     ends = np.cumsum([length for _, length in runs])
     for end in ends[:-1]:
@@ -297,8 +299,18 @@ def to_png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+def inline_svg(svg: str, name: str) -> str:
+    """Return an SVG to stand in a page beside others, its ids begun with a name."""
+    svg = svg[max(svg.find("<svg"), 0) :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    # Its rule for every element would be one for the whole page.
+    svg = re.sub(r"(<style[^>]*>)\s*\*", rf"\1#figure-{name} svg *", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+
+
 def _draw_heatmaps(kernels: Mapping[str, Any], labels: Sequence[object]) -> Figure:
-    """Draw the first `PANELS` kernels on one colour scale."""
+    """Return a figure of the first `PANELS` kernels on one colour scale."""
     shown = list(kernels.items())[:PANELS]
     columns = min(len(shown), 4 if len(shown) > 4 else 3)
     rows = math.ceil(len(shown) / columns)
@@ -410,7 +422,7 @@ def _accuracies(
 
 
 def _float(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if isinstance(value, Real) else math.nan
 
 
 def _finite(value: object) -> bool:

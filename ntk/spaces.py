@@ -108,7 +108,7 @@ class Space:
     def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
         raise NotImplementedError
 
-    def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:  # noqa: ARG002
+    def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:
         return Whole()
 
     def _term(self) -> str:
@@ -338,7 +338,7 @@ class LoRA(_OfLinear):
             return {n: None for n, _ in model.parameters.items() if ".lora_" in n}
         return super()._available(model)
 
-    def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:  # noqa: ARG002
+    def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:
         if of is None or self.rank is None:
             return Whole()
         scaling = 1.0 if self.alpha is None else self.alpha / self.rank

@@ -66,7 +66,7 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write: Any) -> None:  # noqa: ANN401
+def _replace(path: Path, write: Any) -> None:
     """Write to a temporary name beside the file, then rename."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

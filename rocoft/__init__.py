@@ -1,1 +1,17 @@
-"""Row and column fine-tuning, and the tasks and models it runs on."""
+"""Row and column fine-tuning: what is selected, and the tasks and models it runs on."""
+
+from rocoft.architecture import SelectionError
+from rocoft.backbone import Backbone, load_backbone
+from rocoft.tasks import few_shot, load_file, load_task
+
+__all__ = [
+    # which parameters
+    "SelectionError",
+    # tasks
+    "load_task",
+    "load_file",
+    "few_shot",
+    # models
+    "Backbone",
+    "load_backbone",
+]

@@ -200,7 +200,7 @@ def _fused_parts(
     path: str,
     module: nn.Module,
     config: Any,
-    outputs: int,  # noqa: ANN401
+    outputs: int,
 ) -> tuple[tuple[int, ...], ...]:
     """Return the output features of query, key and value, or one part for all."""
     whole = (tuple(range(outputs)),)
@@ -234,13 +234,11 @@ def _fused_parts(
 def _interleaved(
     config: Any,
     heads: int,
-    outputs: int,  # noqa: ANN401
+    outputs: int,
 ) -> tuple[tuple[int, ...], ...] | None:
-    """Split the Bloom, GPT-NeoX and Falcon layouts, where each head holds q, k, v.
-
-    Falcon shares keys and values: its groups hold several queries, one key and one
-    value (new decoder), or one group holds all queries (multi-query).
-    """
+    """Split the Bloom, GPT-NeoX and Falcon layouts, where each head holds q, k, v."""
+    # Falcon shares keys and values: its groups hold several queries, one key and one
+    # value (new decoder), or one group holds all queries (multi-query).
     if getattr(config, "new_decoder_architecture", False):
         groups = getattr(config, "num_kv_heads", heads)
     elif getattr(config, "multi_query", False):

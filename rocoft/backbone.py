@@ -269,13 +269,14 @@ def load_backbone(
     try:
         # transformers initialises new heads from the global generator.
         torch.manual_seed(seed)
-        if readout == "head":
-            module, fresh = _with_head(
-                path, name, config, len(split.task.labels), dtype
-            )
+        module: Any
+        fresh: list[str] = []
+        if readout != "head":
+            module = _language_model(path, name, readout, dtype)
+        elif _is_mean_pooled(path):
+            module, fresh = _with_mean_head(path, name, len(split.task.labels), dtype)
         else:
-            kind = AutoModelForMaskedLM if readout == "masked" else AutoModelForCausalLM
-            module, fresh = _load(kind, path, name, dtype=dtype), []
+            module, fresh = _with_head(path, name, len(split.task.labels), dtype)
     finally:
         torch.set_rng_state(torch_state)
     _pad_with_something(tokenizer, module)
@@ -334,7 +335,7 @@ def embedded_folder() -> Path:
     return folder
 
 
-def _load(kind: Any, path: str, name: str, **options: Any) -> Any:  # noqa: ANN401
+def _load(kind: Any, path: str, name: str, **options: Any) -> Any:
     """Call from_pretrained and say in one sentence what failed."""
     local = os.path.isdir(path) or not _hub_is_known()
     try:
@@ -363,7 +364,7 @@ def _hub_is_known() -> bool:
     return True
 
 
-def _natural_readout(config: Any, prompt: Prompt | None) -> Readout:  # noqa: ANN401
+def _natural_readout(config: Any, prompt: Prompt | None) -> Readout:
     kinds = " ".join(getattr(config, "architectures", None) or [])
     if prompt is not None and "ForMaskedLM" in kinds:
         return "masked"
@@ -402,6 +403,20 @@ def _with_head(
     return module, [key for key in (*lost, *head) if key in missing]
 
 
+def _language_model(
+    path: str, name: str, readout: Readout, dtype: torch.dtype
+) -> PreTrainedModel:
+    kind = AutoModelForMaskedLM if readout == "masked" else AutoModelForCausalLM
+    module, info = _load(kind, path, name, output_loading_info=True, dtype=dtype)
+    if info["missing_keys"]:
+        raise BackboneError(
+            f"readout={readout!r} needs a checkpoint with a language-model head, but "
+            f"that of {name!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}. Use "
+            "--readout head."
+        )
+    return module
+
+
 def _is_mean_pooled(path: str) -> bool:
     """Whether a local checkpoint is a sentence encoder that pools by the mean."""
     file = Path(path) / "1_Pooling" / "config.json"
@@ -420,7 +435,7 @@ def _with_mean_head(
     return MeanPooled(body, labels).to(dtype), ["classifier.weight", "classifier.bias"]
 
 
-def _pad_with_something(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:  # noqa: ANN401
+def _pad_with_something(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:
     """Let models pad that were trained without padding (GPT-2, LLaMA)."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -431,7 +446,7 @@ def _pad_with_something(tokenizer: PreTrainedTokenizerBase, module: Any) -> None
         module.config.use_cache = False
 
 
-def _length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:  # noqa: ANN401
+def _length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     positions = getattr(config, "max_position_embeddings", None) or 10**9
     # RoBERTa numbers positions from padding_idx + 1.
     if getattr(config, "model_type", "") in {"roberta", "xlm-roberta", "camembert"}:
