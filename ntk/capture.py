@@ -95,6 +95,8 @@ class Recorder(TorchFunctionMode):
         uses: What was recorded.
         unserved: Parameters no rule served, and why.
         lengths: Position counts seen with the examples on an axis of their own.
+        routed: Whether positions have been picked by a condition on data, after which
+            a first axis of any length need not be that of the examples.
     """
 
     examples: int
@@ -103,6 +105,7 @@ class Recorder(TorchFunctionMode):
     uses: list[Use] = field(default_factory=list)
     unserved: dict[str, str] = field(default_factory=dict)
     lengths: set[int] = field(default_factory=set)
+    routed: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -118,6 +121,7 @@ class Recorder(TorchFunctionMode):
         name = _name(func)
         if name == "batch_norm":
             _refuse_batch_statistics(args, kwargs)
+        self.routed = self.routed or _picks(name, args)
         found = [
             alias for value in _tensors((args, kwargs)) if (alias := self.of(value))
         ]
@@ -158,6 +162,8 @@ class Recorder(TorchFunctionMode):
         if n == 1:
             return value.unsqueeze(0)
         length = len(value) if value.ndim else 0
+        if self.routed and value.ndim <= 2:
+            raise NotByExampleError("its positions are picked by a condition on data")
         if length == n:
             return value
         if length % n == 0 and length // n in self.lengths:
@@ -217,7 +223,7 @@ class Recorder(TorchFunctionMode):
             return
         outputs = [output] if isinstance(output, Tensor) else list(output)
         pieces = [rows] if isinstance(rows, Tensor) else list(rows)
-        for piece, part in zip(outputs, pieces):
+        for piece, part in zip(outputs, pieces, strict=True):
             if part.ndim != 1 or piece.shape != (len(part), *alias.shape[1:]):
                 self._leave([alias], f"of {_name(func)}")
                 return
@@ -399,10 +405,22 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = dict(zip(ARGUMENTS[name], args))
+    bound = dict(zip(ARGUMENTS[name], args, strict=False))
     renamed = OPERANDS if ARGUMENTS[name][0] == "a" else KEYWORDS
     bound.update({renamed.get(key, key): value for key, value in kwargs.items()})
     return bound
+
+
+def _picks(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a call picks as many entries as the data say (a mixture's router)."""
+    if name in {"nonzero", "argwhere", "masked_select"}:
+        return True
+    if name == "where":
+        return len(args) == 1
+    if name != "__getitem__":
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(i, Tensor) and i.dtype is torch.bool for i in index)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -294,6 +294,12 @@ class Engine:
         self, job: Job, left: Stored, right: Stored, m: int
     ) -> list[tuple[Map, Tensor]]:
         """Return the Gram matrix of every map that the job serves."""
+        if isinstance(left, Tensor) != isinstance(right, Tensor):
+            # One side never used the parameter and does not know that it is small.
+            left, right = (
+                [[Vector(side)]] if isinstance(side, Tensor) else side
+                for side in (left, right)
+            )
         if not isinstance(left, Tensor):
             assert not isinstance(right, Tensor)
             if self.prefix:
@@ -423,7 +429,7 @@ def groups(batch: Batch, *, single: bool) -> list[Batch]:
 
 
 def _small(uses: list[list[Factor]], shape: torch.Size) -> Stored:
-    """Turn the factors of a small parameter, its gradients themselves, into features."""
+    """Turn factors that are gradients themselves into features."""
     if all(isinstance(factor, Vector) for batch in uses for factor in batch):
         return torch.cat([dense(batch, shape) for batch in uses], dim=1)
     return uses

@@ -467,7 +467,7 @@ class _Measure:
         return found
 
     def shuffled(self) -> Record | None:
-        """Return the accuracy of the full kernel's ridge on shuffled training labels."""
+        """Return the accuracy of ridge on the full kernel with shuffled labels."""
         if not self.symmetric:
             return None
         generator = np.random.default_rng(self.seed)

@@ -7,7 +7,7 @@ what its gradient is made of. G[k, i] below is the gradient of output k of examp
 factor         holds                                             G[k, i]
 =============  ================================================  ====================
 `Matrix`       x (n, t, d_in), g one (n, t, d_out) per output    sum_t g_t x_t^T
-`Table`        tokens (n, t), g one (n, t, d) per output         g_t added to row token_t
+`Table`        tokens (n, t), g one (n, t, d) per output         g_t in row token_t
 `Vector`       v (c, n, p)                                       v
 =============  ================================================  ====================
 
@@ -337,7 +337,7 @@ def _workspace(uses: Uses, c: int, entries: int) -> Tensor:
 def _block(
     uses: Uses, start: int, stop: int, width: int, space: Tensor | None = None
 ) -> Tensor:
-    """Return rows start to stop of all examples' gradients, ``(c, n, rows * width)``."""
+    """Return rows start to stop of all gradients, ``(c, n, rows * width)``."""
     c, n = _outputs(uses), _examples(uses)
     if space is None:
         space = _workspace(uses, c, (stop - start) * width)

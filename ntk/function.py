@@ -156,9 +156,9 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise FunctionError(
-                f"{name!r} normalises with the statistics of the batch, so an example's "
-                "output depends on the others and has no kernel of its own. Use running "
-                "statistics (track_running_stats=True) or GroupNorm."
+                f"{name!r} normalises with the statistics of the batch, so an "
+                "example's output depends on the others and has no kernel of its own. "
+                "Use running statistics (track_running_stats=True) or GroupNorm."
             )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):

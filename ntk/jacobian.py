@@ -174,7 +174,9 @@ def _mapped(tangent: _Tangent, batch: Batch) -> Coordinates | None:
         return tangent(delta, {**single, **rest})[0]
 
     try:
-        return vmap(jacrev(one), in_dims=(None, 0))(tangent.zero(), tensors)
+        # The fused attention kernels have no batching rule.
+        with sdpa_kernel(SDPBackend.MATH):
+            return vmap(jacrev(one), in_dims=(None, 0))(tangent.zero(), tensors)
     except (RuntimeError, NotImplementedError, ValueError):
         return None
 
@@ -217,7 +219,7 @@ def _pushed(
             outputs, list(delta.values()), v, create_graph=True, materialize_grads=True
         )
         product = sum(
-            ((p * direction[key]).sum() for key, p in zip(delta, pulled)),
+            ((p * direction[key]).sum() for key, p in zip(delta, pulled, strict=True)),
             start=torch.zeros_like(v).sum(),
         )
         return torch.autograd.grad(product, v)[0].detach()

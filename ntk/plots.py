@@ -16,7 +16,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
@@ -112,7 +111,8 @@ def plot_heatmap(
         The same axes; its only image is the kernel.
     """
     values = np.ma.masked_invalid(np.asarray(kernel, dtype=float))
-    ax.imshow(values, cmap=_diverging(), vmin=-1, vmax=1, interpolation="none")
+    cmap = mpl.colormaps["RdBu_r"].with_extremes(bad="#bdbdbd")
+    ax.imshow(values, cmap=cmap, vmin=-1, vmax=1, interpolation="none")
     runs = [(label, len(list(run))) for label, run in groupby(labels)]
     ends = np.cumsum([length for _, length in runs])
     for end in ends[:-1]:
@@ -380,12 +380,6 @@ def _name_rows(ax: Axes, names: Sequence[str]) -> None:
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _diverging() -> Colormap:
-    colours = mpl.colormaps["RdBu_r"].copy()
-    colours.set_bad("#bdbdbd")
-    return colours
 
 
 def _role(space: Mapping[str, Any]) -> int:

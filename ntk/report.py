@@ -96,8 +96,7 @@ def table(record: Record) -> Table:
     name = Text(_title(record))
     result = Table(box=box.HORIZONTALS, padding=0, pad_edge=False, title=name)
     result.add_column("space", overflow="fold", min_width=16)
-    for title in titles:
-        # A narrow column's unit goes below its name.
+    for title in titles:  # a unit goes below its name
         result.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
     for i, row in enumerate(body):
         if i and row.section != body[i - 1].section:
@@ -398,8 +397,8 @@ def _repeated(label: str, results: Record) -> Row:
 def _spread(results: Record | None) -> str:
     """Return the mean and standard deviation of ridge's accuracy, "" if unknown."""
     mean, std = (100 * _get(results, f"ridge.{part}") for part in ("mean", "std"))
-    known = [_show(value, ".1f") for value in (mean, std) if math.isfinite(value)]
-    return f"{' ± '.join(known)} %" if math.isfinite(mean) else ""
+    spread = f" ± {std:.1f}" if math.isfinite(std) else ""
+    return f"{mean:.1f}{spread} %" if math.isfinite(mean) else ""
 
 
 def _get(values: object, path: str) -> float:

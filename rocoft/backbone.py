@@ -262,7 +262,7 @@ def load_backbone(
     readout = readout or _natural_readout(config, prompt)
     if readout != "head" and prompt is None:
         raise BackboneError(
-            f"readout={readout!r} needs a prompt, and task {split.task.name!r} has none. "
+            f"readout={readout!r} needs a prompt; task {split.task.name!r} has none. "
             "Use readout='head', or give --template and --label-words."
         )
     torch_state = torch.get_rng_state()
@@ -348,9 +348,9 @@ def _load(kind: Any, path: str, name: str, **options: Any) -> Any:
             what = "the Hub cannot be reached and the model is not in the local cache"
         where = "" if os.path.isdir(path) else " from the Hub"
         raise BackboneError(
-            f"model {name!r} could not be loaded{where}: {what}. Check the name and the "
-            "network, give a local folder, or leave --model out to use the embedded "
-            "MiniLM."
+            f"model {name!r} could not be loaded{where}: {what}. Check the name "
+            "and the network, give a local folder, or leave --model out to use the "
+            "embedded MiniLM."
         ) from error
 
 
@@ -397,8 +397,8 @@ def _with_head(
     lost = sorted(missing - set(head))
     if any("pooler" not in key for key in lost):
         raise BackboneError(
-            f"the checkpoint of {name!r} lacks {len(lost)} weights of the body, such as "
-            f"{lost[0]!r}, so it is no pretrained {type(module).__name__}."
+            f"the checkpoint of {name!r} lacks {len(lost)} weights of the body, such "
+            f"as {lost[0]!r}, so it is no pretrained {type(module).__name__}."
         )
     return module, [key for key in (*lost, *head) if key in missing]
 
@@ -411,8 +411,8 @@ def _language_model(
     if info["missing_keys"]:
         raise BackboneError(
             f"readout={readout!r} needs a checkpoint with a language-model head, but "
-            f"that of {name!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}. Use "
-            "--readout head."
+            f"that of {name!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}. "
+            "Use --readout head."
         )
     return module
 
@@ -460,7 +460,8 @@ def _word_tokens(
     """Return the token of each label word as it stands inside a sentence."""
     if readout == "masked" and tokenizer.mask_token is None:
         raise BackboneError(
-            "readout='masked' needs a tokenizer with a mask token. Use 'causal' or 'head'."
+            "readout='masked' needs a tokenizer with a mask token. Use 'causal' or "
+            "'head'."
         )
     found = []
     for word in prompt.words:
@@ -470,8 +471,8 @@ def _word_tokens(
         if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
             pieces = tokenizer.convert_ids_to_tokens(tokens)
             raise BackboneError(
-                f"label word {word!r} is not one token of this model but {pieces}. Give "
-                "other words with --label-words, or use --readout head."
+                f"label word {word!r} is not one token of this model but {pieces}. "
+                "Give other words with --label-words, or use --readout head."
             )
         found.append(tokens[0])
     if len(set(found)) != len(found):
@@ -494,8 +495,8 @@ def _fit_probe(backbone: Backbone, split: Split) -> None:
     ]
     if not last:
         raise BackboneError(
-            f"the head of {type(module).__name__} has no linear output layer to fit. Use "
-            "--head-init random."
+            f"the head of {type(module).__name__} has no linear output layer to fit. "
+            "Use --head-init random."
         )
     path, layer = last[-1]
     batches, order = backbone.encode(split.train, batch_size=32)

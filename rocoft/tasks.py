@@ -124,7 +124,7 @@ HUB = {
     "sst5": ("SetFit/sst5", None, ("text",), "test"),
     "mr": ("cornell-movie-review-data/rotten_tomatoes", None, ("text",), "test"),
 }
-"""Of each task on the Hub the data set, its configuration, text columns and test split."""
+"""Of tasks on the Hub the data set, its configuration, text columns, test split."""
 
 
 def load_task(name: str, data_dir: Path | None = None) -> Task:
@@ -308,8 +308,8 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
         ) from None
     except UnicodeDecodeError as error:
         raise TaskError(
-            f"file {str(path)!r} is not UTF-8: byte {error.object[error.start]:#04x} at "
-            f"position {error.start}. Save it as UTF-8."
+            f"file {str(path)!r} is not UTF-8: byte {error.object[error.start]:#04x} "
+            f"at position {error.start}. Save it as UTF-8."
         ) from None
     if kind in {".csv", ".tsv"}:
         lines = text.splitlines(keepends=True)
@@ -333,7 +333,7 @@ def _json_rows(text: str, path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _label_names(rows: Sequence[Mapping[str, Any]], path: Path) -> tuple[str, ...]:
-    """Return label names in order: of the numbers if labels are numbers, else sorted."""
+    """Return label names, in the order of their numbers if labels are numbers."""
     if any(isinstance(row["label"], float) for row in rows):
         raise TaskError(
             f"file {str(path)!r} has labels that are no classes, such as "
@@ -365,8 +365,8 @@ def _label_values(
             keys = list(range(len(labels)))
         if not {int(text) for text in texts} <= set(keys):
             raise TaskError(
-                f"file {str(path)!r} has labels {dict(Counter(texts))}, but the classes "
-                f"are {', '.join(labels)}."
+                f"file {str(path)!r} has labels {dict(Counter(texts))}, but the "
+                f"classes are {', '.join(labels)}."
             )
         return [keys.index(int(text)) for text in texts]
     unknown = sorted(set(texts) - set(labels))
