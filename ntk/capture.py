@@ -73,7 +73,12 @@ class Use:
         # The gradient before any later change in place, as the parameter had it.
         self.edge = get_gradient_edge(self.output)
         self.shape, self.dtype = self.output.shape, self.output.dtype
+        self.device = self.output.device
         self.version = 0 if self.inputs is None else self.inputs._version
+
+    def zero(self) -> Tensor:
+        """Return the gradient of an output that does not depend on this use."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def spoilt(self) -> bool:
         """Whether the model has changed in place what the factor keeps."""
@@ -301,7 +306,7 @@ def record(
     Returns:
         The outputs ``(n, c)`` and the recorder.
     """
-    parameters = dict(function.model.named_parameters())
+    parameters = function.parameters
     recorder = Recorder(
         batch_length(batch),
         set(wanted),
@@ -351,8 +356,7 @@ def complete(outputs: Tensor, recorder: Recorder) -> dict[str, list[Factor]]:
     with torch.no_grad():
         for use in uses:
             own = [several[place[use.edge]] for several in gradients]
-            zero = outputs.new_zeros(use.shape, dtype=use.dtype)
-            factor = use.factor([zero if g is None else g for g in own])
+            factor = use.factor([use.zero() if g is None else g for g in own])
             factors.setdefault(use.name, []).append(factor)
     return factors
 

@@ -82,7 +82,10 @@ def services(
     """
     some = take(batch, slice(0, EXAMPLES))
     signature = _signature(function, some)
-    known = _known.setdefault(function.model, {}).setdefault(signature, {})
+    if signature not in (of_model := _known.setdefault(function.model, {})):
+        check_alone(function, some)
+        of_model[signature] = {}
+    known = of_model[signature]
     missing = [name for name in wanted if name not in known]
     if missing:
         known.update(_measure(function, some, missing))
@@ -97,7 +100,7 @@ def _signature(function: NetworkFunction, batch: Batch) -> object:
         batch_length(batch),
         function.outputs,
         getattr(config, "_attn_implementation", None),
-        tuple((id(p), p.dtype) for p in model.parameters()),
+        tuple((id(p), p.dtype) for p in function.parameters.values()),
         tuple(
             (type(m), getattr(m.forward, "__func__", m.forward))
             for m in model.modules()
@@ -122,7 +125,9 @@ def _measure(
         for name in sorted(left):
             if name not in layouts and norms[name] == 0:
                 verdicts[name] = Verdict(Service.UNUSED)
-            elif _agree(function.model, name, errors[name], norms[name], scale):
+            elif _agree(
+                function.parameters[name].dtype, errors[name], norms[name], scale
+            ):
                 verdicts[name] = Verdict(service, layouts.get(name, ()))
         left -= verdicts.keys()
     return {**dict.fromkeys(left, Verdict(Service.DEFINITION)), **verdicts}
@@ -164,7 +169,7 @@ def _rebuilt(
         factors, number = found[i]
         if name in unserved or name not in used:
             return None
-        shape = function.model.get_parameter(name).shape
+        shape = function.parameters[name].shape
         if name not in factors:
             return torch.zeros(shape.numel())
         several = [factor.example(number) for factor in factors[name]]
@@ -182,7 +187,7 @@ def _compare(
     errors, norms = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
     leaves = {
         name: p.detach().requires_grad_(name in wanted)
-        for name, p in function.model.named_parameters()
+        for name, p in function.parameters.items()
     }
     outputs = function(batch, leaves)
     mixed = outputs @ _mixture(outputs)
@@ -229,14 +234,11 @@ def _mixture(outputs: Tensor) -> Tensor:
     return torch.linspace(1.0, 1.7, c, dtype=outputs.dtype, device=outputs.device)
 
 
-def _agree(
-    model: nn.Module, name: str, error: float, norm: float, scale: float
-) -> bool:
+def _agree(dtype: torch.dtype, error: float, norm: float, scale: float) -> bool:
     """Whether two gradients agree but for rounding."""
     # A gradient that is zero in exact arithmetic (a key's bias) is rounding alone, so
     # differences far below the model's largest gradient count as agreement too.
-    tolerance = _tolerance(model.get_parameter(name).dtype)
-    return error <= tolerance * max(norm, 1e-3 * scale)
+    return error <= _tolerance(dtype) * max(norm, 1e-3 * scale)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

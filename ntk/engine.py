@@ -116,7 +116,7 @@ class Engine:
         self.progress = progress
         self.outputs = 1
         self.jobs = _jobs(maps)
-        self.shapes = {n: p.shape for n, p in function.model.named_parameters()}
+        self.shapes = {n: p.shape for n, p in function.parameters.items()}
 
     def run(self, *, by_factors: bool) -> KernelResult:
         """Compute every space's Gram matrix ``(c n, c m)`` or ``(n, m)``.
@@ -130,10 +130,10 @@ class Engine:
         """
         names = list(dict.fromkeys(job.name for job in self.jobs))
         sample = self._sample()
-        coverage.check_alone(self.function, sample)
         if by_factors:
             verdicts = coverage.services(self.function, sample, names)
         else:
+            coverage.check_alone(self.function, sample)
             verdicts = dict.fromkeys(names, Verdict(Service.DEFINITION))
         stored, others = self._store(verdicts)
         grams, traces = self._contract(stored, others)
@@ -256,7 +256,7 @@ class Engine:
     def _nothing(self, name: str, group: Batch) -> Factor:
         """Return the factor of a parameter that a batch did not use."""
         shape, n, c = self.shapes[name], batch_length(group), self.outputs
-        like = self.function.model.get_parameter(name)
+        like = self.function.parameters[name]
         if len(shape) < 2:
             return Vector(like.new_zeros(c, n, shape.numel()))
         g = tuple(like.new_zeros(n, 0, shape[0]) for _ in range(c))
@@ -268,7 +268,7 @@ class Engine:
         n = sum(map(batch_length, self.left))
         m = sum(map(batch_length, self.right))
         c = self.outputs if self.how.coupled else 1
-        device = next(self.function.model.parameters()).device
+        device = next(iter(self.function.parameters.values())).device
         grams = {
             space: torch.zeros(c * n, c * m, dtype=torch.float64, device=device)
             for space in self.maps
@@ -296,10 +296,7 @@ class Engine:
         """Return the Gram matrix of every map that the job serves."""
         if isinstance(left, Tensor) != isinstance(right, Tensor):
             # One side never used the parameter and does not know that it is small.
-            left, right = (
-                [[Vector(side)]] if isinstance(side, Tensor) else side
-                for side in (left, right)
-            )
+            left, right = _as_factors(left), _as_factors(right)
         if not isinstance(left, Tensor):
             assert not isinstance(right, Tensor)
             if self.prefix:
@@ -426,6 +423,10 @@ def groups(batch: Batch, *, single: bool) -> list[Batch]:
     if not single:
         return [batch]
     return [take(batch, slice(i, i + 1)) for i in range(batch_length(batch))]
+
+
+def _as_factors(stored: Stored) -> list[list[Factor]]:
+    return [[Vector(stored)]] if isinstance(stored, Tensor) else stored
 
 
 def _small(uses: list[list[Factor]], shape: torch.Size) -> Stored:

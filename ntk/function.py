@@ -56,7 +56,9 @@ class NetworkFunction:
     def __init__(self, model: nn.Module, outputs: Readout | None = None) -> None:
         self.model = model
         self.outputs = outputs or logits
-        self.in_float64 = {p.dtype for p in model.parameters()} == {torch.float64}
+        self.parameters = dict(model.named_parameters())
+        dtypes = {p.dtype for p in self.parameters.values()}
+        self.in_float64 = dtypes == {torch.float64}
 
     def __call__(
         self, batch: Batch, parameters: Mapping[str, Tensor] | None = None

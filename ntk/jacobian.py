@@ -129,8 +129,7 @@ class _Tangent:
         self.function = function
         self.keys = keys
         self.parameters = {
-            name: parameter.detach()
-            for name, parameter in function.model.named_parameters()
+            name: parameter.detach() for name, parameter in function.parameters.items()
         }
 
     def zero(self) -> Coordinates:

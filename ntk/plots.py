@@ -72,7 +72,7 @@ def plot_spectrum(eigenvalues: Mapping[str, Sequence[float]], ax: Axes) -> Axes:
         if total > 0:
             curves[name] = np.where(values > 0, values, np.nan) / total
     _draw_curves(curves, ax)
-    ax.set(xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue / trace (log)")
+    ax.set(yscale="log", xlabel="rank", ylabel="eigenvalue / trace")
     return ax
 
 
@@ -89,7 +89,6 @@ def plot_cumulative_power(power: Mapping[str, Sequence[float]], ax: Axes) -> Axe
     """
     _draw_curves({name: _floats(values) for name, values in power.items()}, ax)
     ax.set(
-        xscale="log",
         ylim=(0, 1.03),
         xlabel="number of leading eigenvectors",
         ylabel="share of the labels captured",
@@ -144,6 +143,7 @@ def plot_layer_shares(shares: Mapping[str, Mapping[str, float]], ax: Axes) -> Ax
     }
     layers = list(dict.fromkeys(k for v in shares.values() for k in v))
     body = [layer for layer in layers if layer not in BLOCKS]
+    layers = ["embeddings", *body, "head", "other"]
     gradient = mpl.colormaps["viridis"](np.linspace(0, 0.95, max(len(body), 1)))
     colours: dict[str, Any] = BLOCKS | dict(zip(body, gradient, strict=False))
     used = [layer for layer in layers if any(layer in v for v in values.values())]
@@ -192,14 +192,11 @@ def plot_accuracy(
     Returns:
         The same axes, a row for each space from the top down.
     """
-    kinds = list(dict.fromkeys(k for v in accuracies.values() for k in v))
+    spaces = accuracies.values()
+    kinds = list(dict.fromkeys(k for v in spaces for k in v if _finite(v[k])))
     for i, kind in enumerate(kinds):
-        values = np.array(
-            [_float(space.get(kind)) for space in accuracies.values()], dtype=float
-        )
+        values = _floats([space.get(kind) for space in spaces])
         known = np.flatnonzero(np.isfinite(values))
-        if not known.size:
-            continue
         p = np.clip(values[known], 0, 1)
         ax.errorbar(
             100 * values[known],
@@ -312,9 +309,9 @@ def inline_svg(svg: str, name: str) -> str:
 def _draw_heatmaps(kernels: Mapping[str, Any], labels: Sequence[object]) -> Figure:
     """Return a figure of the first `PANELS` kernels on one colour scale."""
     shown = list(kernels.items())[:PANELS]
-    columns = min(len(shown), 4 if len(shown) > 4 else 3)
+    columns = min(len(shown), 3 if len(shown) in {5, 6} else 4)
     rows = math.ceil(len(shown) / columns)
-    figure = _figure(max(4.0, 2.4 * columns + 0.9), 2.7 * rows + 0.3)
+    figure = _figure(max(4.0, 2.4 * columns + 0.9), 2.5 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     images: list[AxesImage] = []
     for ax, (name, kernel) in zip(panels, shown, strict=False):
@@ -349,6 +346,8 @@ def _draw_curves(curves: Mapping[str, Any], ax: Axes) -> None:
         else:
             label = f"{rest} more" if i == STYLED else "_"
             ax.plot(ranks, values, color=OTHERS, linewidth=0.8, label=label, zorder=1)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(color="#e6e6e6", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -79,6 +79,8 @@ def _replace(path: Path, write: Any) -> None:
     part = Path(name)
     try:
         write(part)
+        # Temporary files are their owner's alone; results are not.
+        part.chmod(0o644)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
