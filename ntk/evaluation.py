@@ -24,7 +24,7 @@ from ntk.classifiers import (
     KernelSVC,
 )
 from ntk.engine import KernelResult, Progress
-from ntk.function import Batch, batch_length, evaluating, logits, take
+from ntk.function import Batch, evaluating, logits
 from ntk.kernel import Implementation, Kind, compute, gram_matrix, reduced
 from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum
 from rocoft.architecture import Architecture, SelectionError
@@ -137,13 +137,13 @@ def evaluate(
     own = torch.tensor(np.argsort(data.place[: data.train]))
     kernels = {k: v.cpu()[place][:, own] for k, v in result.kernels.items()}
     with watch("certificate"):
-        certificates = _certify(
+        certificates = certify(
             module,
-            data,
-            {n: spaces[n] for n in roles},
+            data.batches,
+            {name: spaces[name] for name in roles},
             result.kernels,
-            kind,
-            split.seed,
+            kind=kind,
+            seed=split.seed,
         )
     measure = _Measure(data, kernels, kind, outputs if offset else None, split.seed)
     entries = []
@@ -318,50 +318,6 @@ def _depth(where: str) -> tuple[int, int]:
     if where.startswith("layer "):
         return (1, int(where.removeprefix("layer ")))
     return ({"embeddings": 0, "other": 2, "head": 3}[where], 0)
-
-
-def _certify(
-    module: torch.nn.Module,
-    data: _Data,
-    spaces: Mapping[str, Space],
-    kernels: Mapping[str, Tensor],
-    kind: Kind,
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Recompute a few entries of each kernel by the definition."""
-    # One random training example against itself, another training example and a test
-    # example; the worst error, relative to the largest of those entries.
-    generator = np.random.default_rng(seed)
-    n, total = data.train, len(data.place)
-    j = int(generator.integers(n))
-    rows = sorted({j, int(generator.integers(n)), int(generator.integers(n, total))})
-    singles = [_example(data.batches, i) for i in rows]
-    result = compute(
-        module,
-        singles,
-        [_example(data.batches, j)],
-        spaces=spaces,
-        kind=kind,
-        implementation="jacobian" if kind == "signgd" else "jvp",
-    )
-    certificates = {}
-    for name, expected in result.kernels.items():
-        found = kernels[name][rows][:, [j]]
-        error = float((found - expected).abs().max())
-        scale = float(expected.abs().max())
-        certificates[name] = {
-            "entries": expected.numel(),
-            "relative_error": error / scale if scale else error,
-        }
-    return certificates
-
-
-def _example(batches: Sequence[Batch], number: int) -> Batch:
-    for batch in batches:
-        if number < batch_length(batch):
-            return take(batch, slice(number, number + 1))
-        number -= batch_length(batch)
-    raise IndexError(number)
 
 
 class _Measure:

@@ -1,0 +1,70 @@
+"""Imports go up one list only; a file that is not listed fails."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROCOFT = """
+architecture selection tasks readouts backbone config layer model trainer train
+"""
+NTK = """
+function maps spaces notation factors rules capture coverage jacobian engine kernel
+calibration certificate storage spectrum distance classifiers linearize evaluation
+plots report options compare
+"""
+ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}
+FILES = [
+    pytest.param(package, path, id=f"{package}/{path.name}")
+    for package in ORDER
+    for path in sorted((ROOT / package).glob("**/*.py"))
+    if path.name != "__init__.py"
+]
+
+
+def imported(source):
+    """Return the modules of this project that a source imports, wherever it does."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name.split(".") for name in found if name.split(".")[0] in ORDER]
+
+
+def test_imported_finds_imports_inside_functions():
+    source = "def f():\n    from ntk.maps import Whole\nimport torch, ntk.spaces as s\n"
+    assert imported(source) == [["ntk", "spaces"], ["ntk", "maps", "Whole"]]
+
+
+@pytest.mark.parametrize(("package", "path"), FILES)
+def test_file_imports_only_from_files_above_it(package, path):
+    assert path.parent == ROOT / package, f"{path} lies in a folder of its own"
+    assert path.stem in ORDER[package], f"{path} is not listed in ORDER"
+    above = ORDER[package][: ORDER[package].index(path.stem)]
+    for other, *rest in imported(path.read_text()):
+        if other == package:
+            assert rest, f"{path.name} imports its own package"
+            assert rest[0] in above, f"{path.name} imports {rest[0]}, which is below it"
+        else:
+            assert package == "ntk", f"rocoft/{path.name} imports ntk"
+            assert rest, f"{path.name} imports rocoft as a whole"
+            assert rest[0] in ORDER[other], f"rocoft.{rest[0]} is not listed in ORDER"
+
+
+def test_rocoft_does_not_import_ntk():
+    for path in (ROOT / "rocoft").glob("**/*.py"):
+        assert all(name[0] != "ntk" for name in imported(path.read_text())), path
+
+
+def test_ntk_does_not_import_matplotlib():
+    code = "import sys, ntk; print('matplotlib' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "False", done.stderr
