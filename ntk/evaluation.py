@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ntk import distance, spectrum
 from ntk.calibration import calibrate
+from ntk.certificate import certify
 from ntk.classifiers import (
     KernelLogisticRegression,
     KernelRidgeClassifier,

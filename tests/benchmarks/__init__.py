@@ -1,0 +1,1 @@
+"""Speed and memory on a real model, against the floor and against other tools."""

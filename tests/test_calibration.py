@@ -1,0 +1,205 @@
+"""Rows and columns chosen by data: scores against plain hooks and plain gradients."""
+
+import dense
+import pytest
+import torch
+from cases import BY_NAME
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ntk.calibration import calibrate
+from ntk.kernel import empirical_ntk
+from ntk.maps import Slices
+from ntk.spaces import Bias, Columns, LoRA, Rows
+from rocoft.architecture import Architecture, SelectionError
+
+MODELS = ["mlp", "bert", "gpt2", "twice"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    family = BY_NAME[request.param]
+    return family.build(), family.inputs()
+
+
+def logical(values, weight):
+    """Return a stored weight as ``(outputs, inputs)``."""
+    return values if weight.output_dim == 0 else values.T
+
+
+def energies(model, inputs):
+    """Return the squared gradients of every parameter over examples and outputs."""
+    gradients = dense.gradients(model, inputs)
+    return {name: g.square().sum((0, 1)) for name, g in gradients.items()}
+
+
+def activations(model, inputs):
+    """Return by weight the norm of each input feature over examples and positions."""
+    totals, hooks = {}, []
+
+    def add(name):
+        def hook(module, args):
+            x = args[0].detach()
+            power = x.reshape(-1, x.shape[-1]).square().sum(0)
+            totals[name] = totals.get(name, 0) + power
+
+        return hook
+
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            hooks.append(module.register_forward_pre_hook(add(f"{path}.weight")))
+    with torch.no_grad():
+        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    for hook in hooks:
+        hook.remove()
+    return {name: power.sqrt() for name, power in totals.items()}
+
+
+def best(scores, parts, count):
+    """Return the indices of the largest scores in each part."""
+    chosen = []
+    for part in parts:
+        ranked = sorted(part, key=lambda i: -float(scores[i]))
+        chosen += ranked[:count]
+    return tuple(sorted(chosen))
+
+
+def expected_choice(space, weight, scores):
+    if isinstance(space, Rows):
+        return best(scores.sum(1), weight.parts, space.count)
+    return best(scores.sum(0), [range(weight.inputs)], space.count)
+
+
+@pytest.mark.parametrize("family", [Rows, Columns])
+def test_gradient_energy(case, family):
+    model, inputs = case
+    space = family(2, strategy="gradient")
+    found = calibrate(space, model, inputs)
+    weights = Architecture(model).targets
+    energy = energies(model, inputs)
+    assert set(found.indices) == set(weights)
+    for name, weight in weights.items():
+        expected = expected_choice(space, weight, logical(energy[name], weight))
+        assert found.indices[name] == expected, name
+
+
+@pytest.mark.parametrize("family", [Rows, Columns])
+def test_activations(case, family):
+    model, inputs = case
+    space = family(2, strategy="activation")
+    found = calibrate(space, model, inputs)
+    norms = activations(model, inputs)
+    for name, weight in Architecture(model).targets.items():
+        values = logical(model.get_parameter(name).detach(), weight)
+        expected = expected_choice(space, weight, values.abs() * norms[name])
+        assert found.indices[name] == expected, name
+
+
+def test_gradient_energy_sees_every_output_and_example():
+    """One output, or one example, would choose otherwise."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False))
+    model = model.double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3))
+        model[1].weight.copy_(torch.tensor([[3.0, 2.2, 0], [0, 2.2, 2.9]]))
+    x = torch.eye(3, dtype=torch.float64)
+    # Energy of row k of the first weight: |V[:, k]|^2 sum |x|^2 = 9, 9.68, 8.41 times 3.
+    rows = calibrate(Rows(1, strategy="gradient").at("0"), model, x)
+    assert rows.indices == {"0.weight": (1,)}
+    x = torch.tensor([[0.0, 0, 3], [4, 0, 0], [0, 3.5, 3]], dtype=torch.float64)
+    # Of column k: the sum of x[k]^2 over examples, times |V|^2: 16, 12.25, 18.
+    columns = calibrate(Columns(1, strategy="gradient").at("0"), model, x)
+    assert columns.indices == {"0.weight": (2,)}
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "activation"])
+@pytest.mark.parametrize("name", ["bert", "deberta"])
+def test_batches_make_no_difference(name, strategy):
+    family = BY_NAME[name]
+    model, inputs = family.build(), family.inputs(5)
+    space = Rows(2, strategy=strategy)
+    if name == "deberta":
+        space = space.at("in_proj", "dense")
+    whole = calibrate(space, model, inputs)
+    assert calibrate(space, model, inputs, batch_size=1) == whole
+    assert calibrate(space, model, inputs, batch_size=2) == whole
+
+
+@pytest.mark.parametrize("name", ["mixture", "deberta-v2"])
+def test_weights_that_factors_do_not_serve(name):
+    """Served by single examples or by the definition: the same energies."""
+    family = BY_NAME[name]
+    model, inputs = family.build(), family.inputs()
+    space = Rows(1, strategy="gradient")
+    found = calibrate(space, model, inputs)
+    energy = energies(model, inputs)
+    for parameter, weight in Architecture(model).targets.items():
+        expected = best(energy[parameter].sum(1), weight.parts, 1)
+        assert found.indices[parameter] == expected, parameter
+
+
+def test_the_kernel_is_that_of_the_chosen_rows():
+    family = BY_NAME["bert"]
+    model, inputs = family.build(), family.inputs()
+    space = calibrate(Rows(2, strategy="gradient"), model, inputs)
+    gradients = dense.gradients(model, inputs)
+    expected = dense.kernel(
+        [gradients[name][:, :, list(rows)] for name, rows in space.indices.items()]
+    )
+    dense.assert_close(empirical_ntk(model, inputs, space=space), expected)
+
+
+def test_spaces_without_such_strategies_are_untouched(bert):
+    inputs = BY_NAME["bert"].inputs()
+    for space in (
+        Rows(2) + Bias(),
+        Rows(2, strategy="random"),
+        Columns(indices=(0,), strategy="gradient"),
+    ):
+        assert calibrate(space, bert, inputs) is space
+
+
+def test_other_parts_of_a_sum_are_untouched(bert):
+    inputs = BY_NAME["bert"].inputs()
+    open_part = Columns(1, strategy="activation", rescale=True).at("query").layers(1)
+    others = (Rows(2).layers(0), LoRA(2, seed=3), Bias())
+    total = calibrate(others[0] + open_part + others[1] + others[2], bert, inputs)
+    assert (total.parts[0], *total.parts[2:]) == others
+    fixed = total.parts[1]
+    assert list(fixed.indices) == ["bert.encoder.layer.1.attention.self.query.weight"]
+    assert fixed.rescale
+    assert not fixed.needs_examples
+    for name, maps in fixed.maps(bert).items():
+        assert isinstance(maps[0], Slices)
+        assert maps[0].columns == fixed.indices[name]
+
+
+def test_the_model_is_left_as_it_was():
+    family = BY_NAME["bert"]
+    model = family.build().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    calibrate(Rows(1, strategy="gradient"), model, family.inputs())
+    assert model.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+        assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "activation"])
+def test_a_kernel_needs_the_choice_to_be_made(bert, strategy):
+    inputs = BY_NAME["bert"].inputs()
+    with pytest.raises(SelectionError, match=f"strategy='{strategy}' needs examples"):
+        empirical_ntk(bert, inputs, space=Rows(2, strategy=strategy))
+
+
+def test_that_error_names_the_way_out(bert):
+    with pytest.raises(SelectionError, match="calibrate"):
+        empirical_ntk(
+            bert, BY_NAME["bert"].inputs(), space=Rows(2, strategy="gradient")
+        )
+
+
+def test_too_many_rows_are_refused(bert):
+    with pytest.raises(SelectionError, match="rows=99 cannot be selected"):
+        calibrate(Rows(99, strategy="gradient"), bert, BY_NAME["bert"].inputs())

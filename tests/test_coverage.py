@@ -1,0 +1,412 @@
+"""Models that lie in wait for rules on calls, and models and inputs that are refused.
+
+Every trap here once gave a wrong kernel without an error, or could.
+"""
+
+import dense
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from cases import BY_NAME, Lambda, Mixture
+from dense import assert_close
+from torch import nn
+
+from ntk.coverage import BatchDependenceError, Service
+from ntk.function import FunctionError
+from ntk.kernel import compute, empirical_ntk
+from ntk.spaces import Full, Rows
+
+D = 5
+
+
+def check(model, inputs, other=None, space=None):
+    """Compare with plain autograd; return how the parameters were served."""
+    model = model.double()
+    space = space or Full()
+    found = compute(model, inputs, other, spaces={"": space})
+    names = list(space.maps(model))
+    left = dense.gradients(model, inputs)
+    right = left if other is None else dense.gradients(model, other)
+    expected = dense.kernel([left[n] for n in names], [right[n] for n in names])
+    assert_close(found.kernels[""], expected)
+    return found.services
+
+
+def noise(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def tokens_for(*firsts):
+    """Examples whose tokens are routed by the sign of their first feature."""
+    x = noise(len(firsts), len(firsts[0]), D)
+    x[..., 0] = x[..., 0].abs() * torch.tensor(firsts, dtype=torch.float64)
+    return x
+
+
+def hard_mixture():
+    """Two experts; tokens with a negative first feature go to the first."""
+
+    def forward(m, x):
+        tokens = x.flatten(0, 1)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(m.experts):
+            chosen = ((tokens[:, 0] > 0) == number).nonzero()[:, 0]
+            if len(chosen):
+                out = out.index_add(0, chosen, torch.tanh(expert(tokens[chosen])))
+        return m.head(out.view_as(x).mean(1))
+
+    experts = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+    return Lambda(forward, experts=experts, head=nn.Linear(D, 2))
+
+
+def test_experts_that_the_first_examples_do_not_use():
+    x = tokens_for([-1, -1, -1], [-1, -1, -1], [1, -1, 1], [1, 1, -1])
+    check(hard_mixture(), x)
+    check(hard_mixture(), x, space=Full().at("experts.1"))
+    check(hard_mixture(), [x[:2], x[2:]])
+    check(hard_mixture(), x[:2], x[2:], space=Full().at("experts.0"))
+    check(hard_mixture(), x[2:], x[:2], space=Full().at("experts.1"))
+
+
+def test_experts_that_see_as_many_tokens_as_there_are_examples():
+    x = tokens_for([-1, -1, -1], [-1, -1, -1], [-1, -1, 1], [1, 1, 1])
+    check(hard_mixture(), [x[:2], x[2:]])
+
+
+def test_experts_that_first_see_one_token_of_each_example():
+    x = tokens_for([-1, 1, 1], [1, -1, 1], [-1, -1, 1], [1, 1, 1])
+    check(hard_mixture(), [x[:2], x[2:]])
+    check(hard_mixture(), [x[:2], x[2:]], space=Full().at("experts.0"))
+
+
+def sorted_mixture():
+    """Tokens in the order of their experts go through a layer, then to those."""
+
+    def forward(m, x):
+        tokens = x.flatten(0, 1)
+        number = (tokens[:, 0] > 0).long()
+        order = number.argsort(stable=True)
+        counts = [int((number == k).sum()) for k in range(2)]
+        parts = m.layer(tokens[order]).split(counts)
+        done = [torch.tanh(e(p)) for e, p in zip(m.experts, parts, strict=True)]
+        out = torch.cat(done)[order.argsort()]
+        return m.head(out.view_as(x).mean(1))
+
+    experts = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+    return Lambda(forward, layer=nn.Linear(D, D), experts=experts, head=nn.Linear(D, 2))
+
+
+@pytest.mark.parametrize("space", [Full(), Full().at("layer"), Full().at("experts")])
+def test_experts_that_see_sorted_tokens(space):
+    same = tokens_for([-1, -1, -1], [-1, -1, -1])
+    one_each = tokens_for([-1, 1, 1], [-1, 1, 1])
+    mixed = tokens_for([1, -1, -1], [1, 1, 1])
+    check(sorted_mixture(), [one_each, mixed], space=space)
+    swapped = tokens_for([1, 1, 1], [-1, -1, -1])
+    check(sorted_mixture(), [same, mixed, swapped], space=space)
+
+
+def test_soft_mixture_of_several_batches():
+    family = BY_NAME["mixture"]
+    x = family.inputs(7)
+    check(Mixture(), [x[:1], x[1:3], x[3:]])
+
+
+def overwriting():
+    def forward(m, x):
+        h = m.layer(x)
+        h[x[..., 0] == 0] = 0.0
+        return m.head(torch.tanh(h).sum(1))
+
+    return Lambda(forward, layer=nn.Linear(D, D), head=nn.Linear(D, 2))
+
+
+def test_output_overwritten_where_later_examples_are_padded():
+    x = noise(4, 3, D)
+    x[2:, 1:] = 0
+    check(overwriting(), x)
+    check(overwriting(), x.flip(0))
+
+
+def conditional(**parts):
+    """A parameter that batches without a marked example do not use."""
+
+    def forward(m, x):
+        h = m.layer(x)
+        marked = (x[..., :1] > 0).double()
+        if bool(marked.any()):
+            h = h + m.extra(x) * marked if hasattr(m, "extra") else h + m.token * marked
+        return m.head(torch.tanh(h).flatten(2).mean(2))
+
+    return Lambda(forward, head=nn.Linear(3, 2), **parts)
+
+
+@pytest.mark.parametrize("marked", [0, 1])
+@pytest.mark.parametrize("shape", [(D,), (1, D), (1, 1, D)])
+def test_token_that_some_batches_do_not_use(shape, marked):
+    token = nn.Parameter(noise(*shape))
+    model = conditional(layer=nn.Linear(D, D), token=token)
+    x = noise(4, 3, D)
+    x[..., 0] = -1
+    x[2 * marked : 2 * marked + 2, :, 0] = 1
+    check(model, [x[:2], x[2:]])
+    check(model, [x[:2], x[2:]], space=Full().at("token"))
+
+
+@pytest.mark.parametrize("marked", [0, 1])
+def test_token_that_one_side_does_not_use(marked):
+    token = nn.Parameter(noise(1, D))
+    model = conditional(layer=nn.Linear(D, D), token=token)
+    x = noise(4, 3, D)
+    x[..., 0] = -1
+    x[2 * marked : 2 * marked + 2, :, 0] = 1
+    check(model, x[:2], x[2:], space=Full().at("token"))
+
+
+@pytest.mark.parametrize("marked", [0, 1])
+def test_convolution_that_some_batches_do_not_use(marked):
+    convolution = {"layer": nn.Conv1d(3, 3, 3), "extra": nn.Conv1d(3, 3, 3)}
+    x = noise(4, 3, D)
+
+    def forward(m, x):
+        on = (x[:, :1, :1] > 0).double()
+        h = m.layer(x) + (m.extra(x) * on if bool(on.any()) else 0)
+        return m.head(torch.tanh(h).mean(2))
+
+    x[..., 0] = -1
+    x[2 * marked : 2 * marked + 2, :, 0] = 1
+    model = Lambda(forward, head=nn.Linear(3, 2), **convolution)
+    check(model, [x[:2], x[2:]])
+    check(model, [x[:2], x[2:]], space=Full().at("extra.weight"))
+
+
+def with_unused():
+    def forward(m, x):
+        return m.head(torch.tanh(m.layer(x)))
+
+    parts = {"layer": nn.Linear(D, 4), "unused": nn.Linear(D, 2)}
+    return Lambda(forward, **parts, head=nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize("implementation", ["factors", "jacobian", "jvp"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_unused_parameters_have_a_kernel_of_zeros(frozen, implementation):
+    model = with_unused().requires_grad_(not frozen)
+    found = compute(
+        model,
+        noise(4, D),
+        spaces={"": Rows(1).at("unused")},
+        implementation=implementation,
+    )
+    assert found.kernels[""].shape == (4, 4, 3, 3)
+    assert not found.kernels[""].any()
+    assert found.sizes[""] == D
+    if implementation == "factors":
+        assert found.services == {"unused.weight": Service.UNUSED}
+
+
+def operation(name, run):
+    def forward(m, x):
+        h = torch.tanh(m.before(x))
+        return m.head(torch.tanh(m.after(run(m, h))))
+
+    parts = {"before": nn.Linear(D, D), "after": nn.Linear(D, D)}
+    scale = nn.Parameter(torch.randn(D))
+    model = Lambda(forward, **parts, scale=scale, head=nn.Linear(D, 2))
+    return pytest.param(model, id=name)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        operation("type_as", lambda m, h: h.type_as(m.scale) * m.scale),
+        operation("to", lambda m, h: h.to(m.after.weight) * m.scale),
+        operation("add by name", lambda m, h: torch.add(input=h, other=m.scale)),
+        operation("subtract", lambda m, h: h - m.scale),
+        operation("scale first", lambda m, h: m.scale * h + m.scale),
+        operation("one plus scale", lambda m, h: h * (1 + m.scale.float().double())),
+        operation("twice", lambda m, h: m.scale * (m.scale + h)),
+    ],
+)
+def test_common_operations_are_served_in_batches(model):
+    services = check(model, noise(4, D))
+    assert set(services.values()) == {Service.BATCH}, services
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        operation("alpha", lambda m, h: torch.add(h, m.scale, alpha=2)),
+        operation("scale minus", lambda m, h: m.scale - h),
+        operation("divide", lambda m, h: h / (2 + m.scale**2)),
+        operation("where", lambda m, h: torch.where(h > 0, h * m.scale, m.scale)),
+        operation("flipped", lambda m, h: h * m.scale.flip(0)),
+        operation("sum", lambda m, h: h * m.scale.sum()),
+        operation("outer", lambda m, h: h @ torch.outer(m.scale, m.scale)),
+        operation("product", lambda m, h: h @ (m.after.weight @ m.before.weight)),
+        operation("einsum", lambda m, h: torch.einsum("ni,oi->no", h, m.after.weight)),
+        operation("of data", lambda m, h: F.layer_norm(h, (D,), m.scale, m.scale)),
+        operation("normed", lambda m, h: h * m.scale / m.scale.norm()),
+    ],
+)
+def test_unusual_operations_are_exact(model):
+    check(model, noise(4, D))
+
+
+@pytest.mark.parametrize("padding", [0, 3, -1])
+def test_padding_token_has_no_gradient(padding):
+    model = Lambda(
+        lambda m, x: m.head(torch.tanh(m.table(x)).mean(1)),
+        table=nn.Embedding(6, D, padding_idx=padding),
+        head=nn.Linear(D, 2),
+    )
+    tokens = torch.tensor([[0, 1, 3], [5, 5, 0], [3, 2, 5]])
+    assert set(check(model, tokens).values()) == {Service.BATCH}
+
+
+def test_parametrized_weights_are_exact():
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(D, 4)),
+        nn.Tanh(),
+        nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
+        nn.Linear(4, 2),
+    )
+    check(model, noise(4, D))
+
+
+# What is refused.
+
+
+def refused(error, match, model, inputs, other=None, **options):
+    with pytest.raises(error, match=match):
+        empirical_ntk(model, inputs, other, **options)
+
+
+def mlp():
+    return BY_NAME["mlp"].build(), BY_NAME["mlp"].inputs()
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", ["factors", "jacobian", "jvp"]
+)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("shape", [(4, D), (4, D, 3)])
+def test_batch_statistics_are_refused(shape, implementation):
+    norm = nn.BatchNorm1d(D, track_running_stats=False)
+    model = Lambda(
+        lambda m, x: m.head(m.norm(x).flatten(2).flatten(1)[:, :D]),
+        norm=norm,
+        head=nn.Linear(D, 2),
+    ).double()
+    refused(
+        FunctionError,
+        "statistics of the batch.*track_running_stats",
+        *(model, noise(*shape)),
+        implementation=implementation,
+    )
+
+
+@IMPLEMENTATIONS
+def test_outputs_that_depend_on_the_batch_are_refused(implementation):
+    model = Lambda(lambda m, x: m.head(x) - m.head(x).mean(0), head=nn.Linear(D, 2))
+    x = noise(4, D)
+    message = "outputs for an example change with the other examples"
+    options = {"implementation": implementation}
+    refused(BatchDependenceError, message, model.double(), x, **options)
+    refused(BatchDependenceError, message, model, [x[:1], x[1:]], **options)
+    refused(BatchDependenceError, message, model, x[:1], x[1:], **options)
+
+
+@IMPLEMENTATIONS
+def test_weights_that_are_not_numbers_are_named(implementation):
+    model, x = mlp()
+    model[2].bias.data[1] = float("nan")
+    message = r"'2\.bias' has 1 NaN or infinite entries of 5\. Check the checkpoint"
+    refused(FunctionError, message, model, x, implementation=implementation)
+
+
+def test_outputs_that_are_not_numbers_are_refused():
+    model, x = mlp()
+    x[0, 0] = float("inf")
+    refused(FunctionError, "NaN or infinite entries though its parameters", model, x)
+
+
+def test_quantised_weights_are_refused():
+    model, x = mlp()
+    whole = torch.ones(6, 8, dtype=torch.int8)
+    model[0].weight = nn.Parameter(whole, requires_grad=False)
+    refused(FunctionError, r"'0\.weight' is quantised \(torch\.int8\)", model, x)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [lambda y: y[:, 0], lambda y: y[:1], lambda y: y[..., None], lambda y: "text"],
+)
+def test_outputs_of_another_shape_are_refused(outputs):
+    refused(
+        FunctionError,
+        r"shape \(n, c\) with n = \d examples, but got",
+        *mlp(),
+        outputs=outputs,
+    )
+
+
+def test_outputs_without_logits_are_refused():
+    model = BY_NAME["bert"].build().bert
+    refused(FunctionError, "no tensor and has no `.logits`", model, text())
+
+
+def text():
+    return BY_NAME["bert"].inputs()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([], "holds no examples"),
+        ({}, "number of examples"),
+        (torch.zeros(0, 8, dtype=torch.float64), "at least 1"),
+        (torch.tensor(1.0), "at least 1"),
+        ({"a": torch.zeros(2, 8), "b": torch.zeros(3, 8)}, "'a': 2, 'b': 3"),
+        (["a sentence"], "inputs is a str"),
+        ([{"names": ["a"]}], "number of examples"),
+    ],
+)
+def test_inputs_that_are_no_examples_are_refused(inputs, message):
+    refused(ValueError, message, mlp()[0], inputs)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_batch_size_below_one_is_refused(size):
+    refused(ValueError, f"batch_size={size} must be", *mlp(), batch_size=size)
+
+
+@pytest.mark.parametrize("argument", ["reduce", "kind", "implementation"])
+def test_unknown_choices_are_refused(argument):
+    options = {argument: "best"}
+    refused(ValueError, f"{argument}='best' must be one of .*, ", *mlp(), **options)
+
+
+def test_margin_of_three_outputs_is_refused():
+    model, x = BY_NAME["cnn"].build(), BY_NAME["cnn"].inputs()
+    refused(ValueError, "margin.* two outputs", model, x, reduce="margin")
+
+
+def test_sign_kernel_by_products_is_refused():
+    options = {"kind": "signgd", "implementation": "jvp"}
+    refused(ValueError, "'signgd' needs every gradient.*'factors'", *mlp(), **options)
+
+
+def test_no_spaces_are_refused():
+    refused(ValueError, "names no tangent space", *mlp(), space={})
+
+
+@pytest.mark.parametrize("count", [0, -1, 3])
+def test_more_first_batches_than_there_are_is_refused(count):
+    model, x = mlp()
+    with pytest.raises(ValueError, match=f"other={count} needs inputs as a list"):
+        compute(model, [x[:1], x[1:]], count, spaces={"": Full()})
+    with pytest.raises(ValueError, match="other=1 needs inputs as a list"):
+        compute(model, x, 1, spaces={"": Full()})

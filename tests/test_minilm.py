@@ -1,0 +1,127 @@
+"""A check of the project: kernels of real pretrained weights in float32."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from ntk.kernel import empirical_ntk
+from ntk.spaces import Bias, Columns, Embeddings, Full, Head, LoRA, Norm, Rows
+from rocoft.architecture import Architecture
+from rocoft.backbone import MeanPooled, embedded_folder, load_backbone
+from rocoft.tasks import few_shot, load_task
+
+SPACES = {
+    "full": Full(),
+    "rows": Rows(3),
+    "random rows": Rows(3, strategy="random", seed=1, rescale=True),
+    "columns": Columns(3),
+    "lora": LoRA(4, alpha=8),
+    "bias": Bias(),
+    "norm": Norm(),
+    "embeddings": Embeddings(),
+    "head": Head(),
+    "sum": Rows(1).at("query", "value").layers(0, -1) + Bias() + Head(),
+}
+LAYER = "encoder.layer.{}."
+SAMPLE = (
+    "embeddings.word_embeddings.weight",
+    "embeddings.position_embeddings.weight",
+    "embeddings.token_type_embeddings.weight",
+    "embeddings.LayerNorm.weight",
+    "encoder.layer.0.attention.self.query.weight",
+    "encoder.layer.0.attention.self.query.bias",
+    "encoder.layer.3.attention.self.key.bias",
+    "encoder.layer.5.attention.self.value.weight",
+    "encoder.layer.2.attention.output.dense.weight",
+    "encoder.layer.2.attention.output.LayerNorm.bias",
+    "encoder.layer.1.intermediate.dense.weight",
+    "encoder.layer.4.output.dense.weight",
+    "encoder.layer.5.output.LayerNorm.weight",
+    "classifier.weight",
+    "classifier.bias",
+)
+NO_GRADIENT = "encoder.layer.3.attention.self.key.bias"
+"""The softmax does not see a shift of all keys: what is left is rounding."""
+
+
+def relative_error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module", params=["MeanPooled", "BertForSequenceClassification"])
+def case(request, tmp_path_factory):
+    """A model with one padded batch of three examples."""
+    split = few_shot(load_task("reviews"), 4, 3, 0)
+    folder = None
+    if request.param != "MeanPooled":
+        # Without the file on pooling it is any other encoder.
+        folder = tmp_path_factory.mktemp("minilm")
+        for file in embedded_folder().iterdir():
+            if file.is_file():
+                (folder / file.name).symlink_to(file)
+    backbone = load_backbone(None if folder is None else str(folder), split)
+    assert type(backbone.module).__name__ == request.param
+    assert isinstance(backbone.module, MeanPooled) == (folder is None)
+    (batch,), _ = backbone.encode((split.train[0], split.train[4], split.test[0]), 3)
+    assert not batch["attention_mask"].all()
+    return backbone.module, batch
+
+
+@pytest.fixture(scope="module")
+def blocks(case):
+    """Each sampled parameter as a space of its own."""
+    names = list(Architecture(case[0]).parameters)
+    found = {}
+    for end in SAMPLE:
+        (name,) = [n for n in names if n.endswith(end)]
+        found[end] = Full().at(name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_factors(case, blocks):
+    return empirical_ntk(*case, space={**SPACES, **blocks})
+
+
+@pytest.mark.slow
+def test_factors_agree_with_the_jacobian(case, blocks, by_factors):
+    """In float32, all spaces and the own block of parameters of every kind."""
+    expected = empirical_ntk(
+        *case, space={**SPACES, **blocks}, implementation="jacobian"
+    )
+    for name in SPACES:
+        assert relative_error(by_factors[name], expected[name]) < 1e-5, name
+    scale = expected["full"].norm()
+    for name in SAMPLE:
+        if name == NO_GRADIENT:
+            assert by_factors[name].norm() < 1e-9 * scale
+            assert expected[name].norm() < 1e-9 * scale
+        else:
+            assert expected[name].norm() > 1e-9 * scale, name
+            assert relative_error(by_factors[name], expected[name]) < 1e-5, name
+
+
+def test_float32_is_enough(case, by_factors):
+    model, batch = case
+    exact = empirical_ntk(copy.deepcopy(model).double(), batch, space=SPACES)
+    for name in SPACES:
+        assert relative_error(by_factors[name], exact[name]) < 1e-4, name
+
+
+def test_blocks_add_up(case, by_factors):
+    """The kernel of a sum of disjoint spaces is the sum of their kernels."""
+    parts = {"classifier": Full().at("classifier"), "body": Full().at("encoder")}
+    tables = Full().at("embeddings")
+    kernels = empirical_ntk(*case, space={**parts, "embeddings": tables})
+    if "pooler" in " ".join(dict(case[0].named_parameters())):
+        kernels["pooler"] = empirical_ntk(*case, space=Full().at("pooler"))
+    assert relative_error(sum(kernels.values()), by_factors["full"]) < 1e-6
+
+
+def test_embedded_files_are_those_that_were_published():
+    folder = embedded_folder()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        Path(file).name for file in folder.iterdir()
+    }

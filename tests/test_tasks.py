@@ -1,0 +1,336 @@
+"""Tasks: what is read from files, what is refused, and how few-shot splits are drawn."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rocoft.tasks import (
+    HUB,
+    PROMPTS,
+    Example,
+    Task,
+    TaskError,
+    few_shot,
+    load_file,
+    load_task,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"the tasks beside the repository, {SHARED}, are absent"
+)
+ROWS = [
+    {"text": "a fine film, all in all", "label": "good"},
+    {"text": 'he said "no" to it', "label": "bad"},
+    {"text": "naïve but charming", "label": "good"},
+    {"text": "what a bore", "label": "bad"},
+]
+
+
+def jsonl(path, rows):
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def table(path, rows, delimiter=","):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def labelled(*labels, **more):
+    return [{"text": f"text {i}", "label": y, **more} for i, y in enumerate(labels)]
+
+
+def folder(path, train, test):
+    path.mkdir(parents=True)
+    jsonl(path / "train.jsonl", train)
+    jsonl(path / "test.jsonl", test)
+    return path.parent
+
+
+def numbered(count=40, classes=2, test=0):
+    """A task whose texts are numbers; the test texts go on from the training ones."""
+    examples = tuple(Example(str(i), None, i % classes) for i in range(count + test))
+    names = tuple("abcdef"[:classes])
+    return Task("numbers", names, examples[:count], examples[count:], None, "here")
+
+
+# What is read.
+
+
+def test_embedded_reviews():
+    task = load_task("reviews")
+    assert task.labels == ("negative", "positive")
+    assert (len(task.train), len(task.test)) == (2009, 960)
+    assert {e.label for e in (*task.train, *task.test)} == {0, 1}
+    assert all(e.a.strip() and e.b is None for e in (*task.train, *task.test))
+    assert task.prompt == PROMPTS["reviews"]
+    assert not {e.a for e in task.train} & {e.a for e in task.test}
+    # A review that any reader would call positive.
+    psychotic = next(e for e in task.train if "psychotic but lovable" in e.a)
+    assert task.labels[psychotic.label] == "positive"
+
+
+def test_formats_are_equal(tmp_path):
+    files = (
+        jsonl(tmp_path / "same.jsonl", ROWS),
+        table(tmp_path / "same.csv", ROWS),
+        table(tmp_path / "same.tsv", ROWS, "\t"),
+    )
+    tasks = [load_file(file) for file in files]
+    assert tasks[0].labels == ("bad", "good")
+    assert [e.label for e in tasks[0].train] == [1, 0, 1, 0]
+    assert [e.a for e in tasks[0].train] == [row["text"] for row in ROWS]
+    assert tasks[0].train == tasks[1].train == tasks[2].train
+    assert tasks[0].labels == tasks[1].labels == tasks[2].labels
+    assert tasks[0].test == ()
+
+
+def test_pairs(tmp_path):
+    rows = [{"text_a": "p", "text_b": "q", "label": i % 2} for i in range(4)]
+    task = load_file(table(tmp_path / "pairs.csv", rows))
+    assert task.train[1] == Example("p", "q", 1)
+
+
+def test_cell_with_a_line_break(tmp_path):
+    rows = [{"text": "one\ntwo", "label": "x"}, {"text": "three", "label": "y"}]
+    task = load_file(table(tmp_path / "breaks.csv", rows))
+    assert [e.a for e in task.train] == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0c"], ids=ascii)
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_text_holds_any_character(tmp_path, kind, character):
+    """What str.splitlines takes for the end of a line is none of JSON or CSV."""
+    text = f"one{character}two"
+    rows = [{"text": text, "label": "x"}, {"text": "three", "label": "y"}]
+    write = jsonl if kind == "jsonl" else table
+    task = load_file(write(tmp_path / f"odd.{kind}", rows))
+    assert [e.a for e in task.train] == [text, "three"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "values"),
+    [
+        (("no", "yes", "no"), ("no", "yes"), [0, 1, 0]),
+        ((1, 2, 2), ("1", "2"), [0, 1, 1]),
+        (("2", "10", "2"), ("2", "10"), [0, 1, 0]),
+        ((-1, 1, -1), ("-1", "1"), [0, 1, 0]),
+        ((True, False, True), ("False", "True"), [1, 0, 1]),
+    ],
+)
+def test_labels(tmp_path, labels, names, values):
+    task = load_file(jsonl(tmp_path / "task.jsonl", labelled(*labels)))
+    assert task.labels == names
+    assert [e.label for e in task.train] == values
+
+
+def test_label_names(tmp_path):
+    rows = [
+        {"text": "a", "label": 1, "label_name": "good"},
+        {"text": "b", "label": 0, "label_name": "bad"},
+    ]
+    task = load_file(jsonl(tmp_path / "task.jsonl", rows))
+    assert task.labels == ("bad", "good")
+    assert [e.label for e in task.train] == [1, 0]
+
+
+def test_byte_order_mark(tmp_path):
+    file = tmp_path / "excel.csv"
+    file.write_bytes("\ufefftext,label\ra,x\rb,y\r".replace("\r", "\r\n").encode())
+    assert [e.a for e in load_file(file).train] == ["a", "b"]
+
+
+def test_blank_lines_are_no_examples(tmp_path):
+    file = tmp_path / "task.jsonl"
+    lines = [json.dumps(row) for row in labelled("x", "y")]
+    file.write_text("\n\n".join(lines) + "\n\n")
+    assert len(load_file(file).train) == 2
+
+
+def test_labels_of_a_test_file_are_those_of_the_training_file(tmp_path):
+    data = folder(tmp_path / "own", labelled(1, 2, 3), labelled(3, 1, 2, 2))
+    task = load_task("own", data)
+    assert [e.label for e in task.test] == [2, 0, 1, 1]
+    data = folder(tmp_path / "lacks" / "own", labelled(0, 1, 2), labelled(2, 0))
+    assert [e.label for e in load_task("own", data).test] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [
+        # The test file lacks class 2, hence its label 1 is the first class.
+        ((1, 2), (1, 1), [0, 0]),
+        ((0, 1), (0, 5), None),
+        ((1, 2), (0, 1), None),
+    ],
+    ids=str,
+)
+def test_no_label_of_a_test_file_is_taken_for_another(tmp_path, train, test, expected):
+    data = folder(tmp_path / "own", labelled(*train), labelled(*test))
+    try:
+        found = [e.label for e in load_task("own", data).test]
+    except TaskError:
+        found = None
+    assert found == expected or found is None
+
+
+def test_prompts_have_a_word_for_each_label_and_a_mask():
+    for name, prompt in PROMPTS.items():
+        assert prompt.template.count("{mask}") == 1, name
+        assert "{mask}" not in prompt.causal, name
+        assert len(set(prompt.words)) == len(prompt.words), name
+    assert set(HUB) <= set(PROMPTS)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_shared_tasks(name):
+    task = load_task(name, SHARED)
+    assert task.prompt is not None
+    assert len(task.labels) == len(task.prompt.words)
+    for examples in (task.train, task.test):
+        assert len(examples) > 200
+        assert {e.label for e in examples} == set(range(len(task.labels)))
+    lines = (SHARED / name / "test.jsonl").read_text().split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    assert [task.labels[e.label] for e in task.test] == [r["label_name"] for r in rows]
+    split = few_shot(task, 8, 20, 0)
+    assert len(split.train) == 8 * len(task.labels)
+
+
+@needs_shared
+def test_shared_regression_is_refused():
+    with pytest.raises(TaskError, match="Regression is not supported"):
+        load_task("stsb", SHARED)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no examples"),
+        ('{"text": "a", "label": 0}\nnonsense\n', "line 2 .* is not JSON"),
+        ('["a", 0]\n', "line 1 .* is not a JSON object"),
+        ('{"text": "a"}\n', "example 1 .* no 'label'"),
+        ('{"text": "a", "label": null}\n', "example 1 .* no 'label'"),
+        ('{"sentence": "a", "label": 0}\n', "no 'text'.*has 'sentence', 'label'"),
+        ('{"text": "", "label": 0}\n', "no 'text'"),
+        ('{"text_a": "a", "label": 0}\n', "no 'text_b'"),
+        ('{"text": "a", "label": 0}\n{"text": "b", "label": 0}', "one class only, '0'"),
+        ('{"text": "a", "label": 0.5}\n{"text": "b", "label": 2}', "Regression"),
+    ],
+)
+def test_refused_lines(tmp_path, content, message):
+    file = tmp_path / "task.jsonl"
+    file.write_text(content)
+    with pytest.raises(TaskError, match=message):
+        load_file(file)
+
+
+def test_refused_table_without_its_column(tmp_path):
+    file = tmp_path / "task.csv"
+    file.write_text("sentence,label\na,0\nb,1\n")
+    with pytest.raises(TaskError, match="no 'text'"):
+        load_file(file)
+    file.write_text("text,label\na,0\nb\n")
+    with pytest.raises(TaskError, match="example 2 .* no 'label'"):
+        load_file(file)
+
+
+def test_refused_encoding(tmp_path):
+    file = tmp_path / "latin.csv"
+    file.write_bytes("text,label\ncafé,0\n".encode("latin-1"))
+    with pytest.raises(TaskError, match=r"not UTF-8: byte 0xe9 at position 14"):
+        load_file(file)
+
+
+def test_refused_paths(tmp_path):
+    with pytest.raises(TaskError, match=r"must end in .jsonl, .csv or .tsv"):
+        load_file(tmp_path / "task.xlsx")
+    with pytest.raises(TaskError, match="does not exist"):
+        load_file(tmp_path / "task.csv")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(TaskError, match="cannot be read: Is a directory"):
+        load_file(tmp_path / "folder.csv")
+
+
+def test_refused_names(tmp_path):
+    with pytest.raises(TaskError, match=r"'nope' is unknown.*reviews.*--data FILE"):
+        load_task("nope")
+    with pytest.raises(TaskError, match="no folder with a train.jsonl"):
+        load_task("nope", tmp_path)
+    data = folder(tmp_path / "own", labelled(0, 1), labelled(0, 1))
+    with pytest.raises(TaskError, match=r"'nope' is not in data_dir.*holds own"):
+        load_task("nope", data)
+
+
+def test_refused_labels_of_a_test_file(tmp_path):
+    data = folder(tmp_path / "own", labelled("x", "y"), labelled("x", "z"))
+    with pytest.raises(TaskError, match="labels z that the training"):
+        load_task("own", data)
+    data = folder(tmp_path / "more" / "own", labelled(0, 1), labelled(0, 1, 2))
+    with pytest.raises(TaskError, match="the classes are 0, 1"):
+        load_task("own", data)
+
+
+# Few-shot splits.
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_split_has_as_many_of_each_label(classes):
+    split = few_shot(numbered(60, classes, test=30), 5, 12, 0)
+    assert Counter(e.label for e in split.train) == dict.fromkeys(range(classes), 5)
+    assert [e.label for e in split.train] == sorted(e.label for e in split.train)
+    assert len(set(split.train)) == 5 * classes
+    assert len(split.test) == len(set(split.test)) == 12
+
+
+def test_split_is_seeded():
+    task = numbered(test=20)
+    assert few_shot(task, 4, 8, 1) == few_shot(task, 4, 8, 1)
+    assert len({few_shot(task, 4, 8, seed).train for seed in range(5)}) == 5
+
+
+def test_test_examples_of_their_own_split_are_the_same_for_all_seeds():
+    task = numbered(test=20)
+    drawn = {few_shot(task, 4, 8, seed).test for seed in range(5)}
+    assert len(drawn) == 1
+    assert set(drawn.pop()) <= set(task.test)
+    # A smaller test set is the beginning of a larger one.
+    assert few_shot(task, 4, 8, 0).test == few_shot(task, 4, 12, 3).test[:8]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_examples_of_one_file_are_drawn_once(seed):
+    split = few_shot(numbered(20), 4, 100, seed)
+    assert not set(split.train) & set(split.test)
+    assert len(split.test) == 20 - 8
+
+
+def test_test_examples_come_from_the_test_split():
+    task = numbered(20, test=30)
+    assert set(few_shot(task, 4, 100, 0).test) == set(task.test)
+
+
+@pytest.mark.parametrize(
+    ("shots", "test_size", "message"),
+    [
+        (11, 5, "label 'a' .* has 10 examples, fewer than shots=11. Lower --shots"),
+        (10, 5, "no examples left to test on after shots=10"),
+        (0, 5, "shots=0 .* at least 1"),
+        (5, 0, "test_size=0 .* at least 1"),
+    ],
+)
+def test_refused_splits(shots, test_size, message):
+    with pytest.raises(TaskError, match=message):
+        few_shot(numbered(20), shots, test_size, 0)
