@@ -67,9 +67,7 @@ class Recorder(TorchFunctionMode):
         if name == "batch_norm":
             _refuse_batch_statistics(args, kwargs)
         self.routed = self.routed or _picks(name, args)
-        found = [
-            alias for value in _tensors((args, kwargs)) if (alias := self.of(value))
-        ]
+        found = self._found(args, kwargs)
         if not found:
             return func(*args, **kwargs)
         if name in LENDS and not (args and self.of(args[0])):
@@ -84,6 +82,16 @@ class Recorder(TorchFunctionMode):
         if name == "detach":
             return func(*args, **kwargs)
         return self._use(name, func, args, kwargs, found)
+
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Alias]:
+        """Return the parameters among the arguments, fast: every call is looked at."""
+        known = self.aliases
+        found = [known[id(a)][1] for a in args if id(a) in known]
+        found += [known[id(a)][1] for a in kwargs.values() if id(a) in known]
+        for value in args:
+            if isinstance(value, list | tuple):
+                found += [alias for t in _tensors(value) if (alias := self.of(t))]
+        return found
 
     def of(self, value: Any) -> Alias | None:
         """Return what parameter a value is, if any."""

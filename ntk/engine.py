@@ -18,7 +18,7 @@ from ntk.coverage import Service, Verdict
 from ntk.factors import Contraction, Factor, Matrix, Vector, dense, gram
 from ntk.function import Batch, NetworkFunction, batch_length, take
 from ntk.jacobian import Key, jacobian, products_kernel
-from ntk.maps import LowRank, Map, Maps, Slices, Whole
+from ntk.maps import LowRank, Map, Maps, Slices, Stack, Whole
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done and the steps in all."""
@@ -308,6 +308,14 @@ class Engine:
         if len(job.members) == 1:
             (each,) = job.members
             return [(each, self.how.gram(left, right, each.weights()))]
+        if isinstance(job.stored, Stack):
+            parts = job.stored.split
+            return [
+                (each, self.how.gram(a, a if left is right else b, each.weights()))
+                for each, a, b in zip(
+                    job.stored.members, parts(left), parts(right), strict=True
+                )
+            ]
         assert isinstance(job.stored, Slices)
         members = [each for each in job.members if isinstance(each, Slices)]
         return list(
@@ -335,9 +343,14 @@ def _jobs(maps: Mapping[str, Maps]) -> list[Job]:
             if alike:
                 chosen: dict[Map, list[str]] = {each: members[each] for each in alike}
                 jobs.append(Job(name, _union(alike), chosen))
+        pairs = [each for each in members if isinstance(each, LowRank)]
+        if len(pairs) > 1:
+            chosen = {each: members[each] for each in pairs}
+            jobs.append(Job(name, Stack(tuple(pairs)), chosen))
         for other, spaces in members.items():
-            if other not in rows and other not in columns:
-                jobs.append(Job(name, other, {other: spaces}))
+            if other in rows or other in columns or (len(pairs) > 1 and other in pairs):
+                continue
+            jobs.append(Job(name, other, {other: spaces}))
     return jobs
 
 
@@ -437,7 +450,7 @@ def _small(uses: list[list[Factor]], shape: torch.Size) -> Stored:
 
 
 def _features(
-    each: Slices | LowRank, uses: Sequence[Factor], shape: torch.Size
+    each: Slices | LowRank | Stack, uses: Sequence[Factor], shape: torch.Size
 ) -> Tensor:
     """Return the features ``(c, n, p)`` that all uses of a parameter add up to."""
     total: Tensor | None = None

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_ENTRIES = 2**20
-"""Entries of G formed at a time: few enough to stay in the processor's cache."""
+BLOCK_ENTRIES = 3 * 2**13
+"""Entries of each gradient formed at a time: enough for products to run at full speed,
+few enough that all examples' stay near the processor."""
 PANEL_ROWS = 64
 """Rows of a symmetric product formed at a time: halves its operations when many."""
 TOKEN_OVERHEAD = 16
@@ -306,12 +307,11 @@ def _token_pair(a: Matrix, b: Matrix, how: Contraction) -> Tensor:
 
 def _block_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor:
     """Form G in blocks of rows of the stored weight and contract each."""
-    c, n, m = _outputs(left), _examples(left), _examples(right)
+    c, m = _outputs(left), _examples(right)
     rows = shape[0] if len(shape) else 1
     width = shape.numel() // rows
     prefix = _prefix(left, right)
-    examples = n if prefix else n + m
-    step = min(rows, max(1, BLOCK_ENTRIES // (examples * c * width)))
+    step = min(rows, max(1, BLOCK_ENTRIES // width))
     total: Tensor | None = None
     space = [
         _workspace(s, c, step * width) for s in ((left,) if prefix else (left, right))

@@ -102,8 +102,13 @@ class Slices:
         if self.rows:
             pieces.append(contract(_pick(g, self.rows), x))
         if self.other_rows:
-            part = _pick(g, self.other_rows) if self.rows else g
-            pieces.append(contract(part, _pick([x], self.columns)[0]))
+            columns = contract(g, _pick([x], self.columns)[0])
+            if self.rows:
+                # Dropping rows of the small product, not of all gradients.
+                by_row = columns.unflatten(2, (self.of.outputs, -1))
+                kept = torch.tensor(self.other_rows, device=x.device)
+                columns = by_row.index_select(2, kept).flatten(2)
+            pieces.append(columns)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
@@ -183,12 +188,7 @@ class LowRank:
         Returns:
             ``(c, n, size)``.
         """
-        low = x @ (self.scaling * self.down.to(x)).T
-        n, _, outputs = g[0].shape
-        products = x.new_empty(len(g), n, self.rank, outputs)
-        for k, each in enumerate(g):
-            torch.bmm(low.transpose(1, 2), each, out=products[k])
-        return products.flatten(2)
+        return project(g, x, self.scaling * self.down)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
@@ -202,7 +202,59 @@ class LowRank:
         return oriented(oriented(weight, self.of) + low_rank, self.of)
 
 
-Map = Whole | Slices | LowRank
+@dataclass(frozen=True)
+class Stack:
+    """LoRA pairs of one weight side by side: their features, one after the other.
+
+    Attributes:
+        members: The pairs.
+    """
+
+    members: tuple[LowRank, ...]
+
+    @property
+    def of(self) -> LinearWeight:
+        """The weight."""
+        return self.members[0].of
+
+    def size(self, shape: Sequence[int]) -> int:
+        """Return the number of coordinates."""
+        return sum(each.size(shape) for each in self.members)
+
+    def weights(self) -> Tensor | None:
+        """Return the weight of each coordinate in the kernel, None for one."""
+        if not any(each.rescale for each in self.members):
+            return None
+        one = torch.ones(1, dtype=torch.float64)
+        return torch.cat(
+            [
+                (one if (own := each.weights()) is None else own).expand(each.size(()))
+                for each in self.members
+            ]
+        )
+
+    def features(self, g: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Return the features ``(c, n, size)``, see `LowRank.features`."""
+        down = torch.cat([each.scaling * each.down for each in self.members])
+        return project(g, x, down)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
+        return torch.cat([each.of_gradient(gradient) for each in self.members], dim=2)
+
+    def shift(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """Return the parameter moved by ``delta``, ``(size,)``."""
+        sizes = [each.size(weight.shape) for each in self.members]
+        for each, own in zip(self.members, delta.split(sizes), strict=True):
+            weight = each.shift(weight, own)
+        return weight
+
+    def split(self, features: Tensor) -> list[Tensor]:
+        """Return the members' features."""
+        return list(features.split([each.size(()) for each in self.members], dim=2))
+
+
+Map = Whole | Slices | LowRank | Stack
 Maps = dict[str, tuple[Map, ...]]
 
 
@@ -220,6 +272,24 @@ def contract(g: Sequence[Tensor], x: Tensor) -> Tensor:
     products = x.new_empty(len(g), n, g[0].shape[2], i)
     for k, each in enumerate(g):
         torch.bmm(each.transpose(1, 2), x, out=products[k])
+    return products.flatten(2)
+
+
+def project(g: Sequence[Tensor], x: Tensor, down: Tensor) -> Tensor:
+    """Return ``sum_t (down x[n, t]) g[c][n, t]^T``, the features of LoRA's B.
+
+    Args:
+        g: For each of c outputs, ``(n, t, o)``.
+        x: ``(n, t, i)``.
+        down: ``(r, i)``.
+
+    Returns:
+        ``(c, n, r * o)``.
+    """
+    low = (x @ down.to(x).T).transpose(1, 2)
+    products = x.new_empty(len(g), len(x), len(down), g[0].shape[2])
+    for k, each in enumerate(g):
+        torch.bmm(low, each, out=products[k])
     return products.flatten(2)
 
 
