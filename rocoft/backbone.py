@@ -120,8 +120,11 @@ class Backbone:
         assert self.prompt is not None
         if self.readout == "causal":
             return self.prompt.causal.format(a=a, b=b)
-        mask = self.tokenizer.mask_token
-        return self.prompt.template.format(a=a.rstrip(" ?"), b=b, mask=mask)
+        template, mask = self.prompt.template, self.tokenizer.mask_token
+        if "{a}?" in template:
+            # LM-BFF's templates turn the first sentence into a question.
+            a = a.rstrip(" .?!")
+        return template.format(a=a, b=b, mask=mask)
 
     def _tokens(self, *texts: str) -> Mapping[str, Any]:
         if self.readout == "head":

@@ -37,6 +37,21 @@ class Prompt:
     words: tuple[str, ...]
     causal: str
 
+    def __post_init__(self) -> None:
+        try:
+            self.template.format(a="", b="", mask="")
+            self.causal.format(a="", b="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise TaskError(
+                f"template {self.template!r} has a field other than {{a}}, {{b}}, "
+                f"{{mask}}: {error}."
+            ) from None
+        if "{a}" not in self.template or self.template.count("{mask}") != 1:
+            raise TaskError(
+                f"template {self.template!r} must hold {{a}} and {{mask}} once, such as "
+                "'{a} It was {mask}.'"
+            )
+
 
 @dataclass(frozen=True)
 class Example:
