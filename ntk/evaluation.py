@@ -27,7 +27,7 @@ from ntk.classifiers import (
 from ntk.engine import KernelResult, Progress
 from ntk.function import Batch, evaluating, logits
 from ntk.kernel import Implementation, Kind, compute, gram_matrix, reduced
-from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum
+from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum, Without
 from rocoft.architecture import Architecture, SelectionError
 from rocoft.backbone import Backbone
 from rocoft.tasks import Split
@@ -114,15 +114,16 @@ def evaluate(
     watch = _Stopwatch()
     module = backbone.module
     architecture = Architecture(module)
-    if backbone.new_head and not with_head:
-        for name in architecture.head:
-            architecture.parameters[name].requires_grad_(False)
     head = Head() if backbone.new_head and with_head else None
     data = _encode(backbone, split, batch_size)
     train_batches = data.batches[: data.train_batches]
     with watch("kernels"):
         fixed = [calibrate(space, module, train_batches) for space in requested]
         roles, spaces = _spaces(fixed, requested, architecture, head)
+        if backbone.new_head and not with_head:
+            spaces = {
+                n: Without(s, tuple(architecture.head)) for n, s in spaces.items()
+            }
         result = compute(
             module,
             data.batches,

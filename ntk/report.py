@@ -195,13 +195,24 @@ def to_json(record: Record) -> str:
     """Return a record as JSON, indented, each list of numbers on one line.
 
     Args:
-        record: Of one evaluation. NaN stays NaN, which Python reads.
+        record: Of one evaluation. What has no value becomes null: JSON has no NaN.
     """
-    text = json.dumps(record, indent=2, ensure_ascii=False)
+    text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
     # No text within JSON holds a line break, so these are lists.
     numbers = r"\[\n[-+.,\s\deENaInfity]*\]"
     joined = re.sub(numbers, lambda m: f"[{' '.join(m[0][1:-1].split())}]", text)
     return f"{joined}\n"
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value with None for numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def write_report(record: Record, folder: Path) -> dict[str, Path]:

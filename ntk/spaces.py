@@ -350,7 +350,7 @@ class LoRA(_OfLinear):
     def _options(self) -> str:
         text = f"/seed={self.seed}" if self.seed else ""
         if self.alpha is not None:
-            text += f"/alpha={self.alpha:g}"
+            text += f"/alpha={self.alpha!r}".replace("+", "")
         return text + ("/rescale" if self.rescale else "")
 
     def _nothing(self) -> str:
@@ -386,6 +386,29 @@ class Sum(Space):
     def name(self) -> str:
         """The space as `parse` reads it."""
         return "+".join(part.name for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Without(Space):
+    """A space less some parameters.
+
+    Args:
+        space: The space.
+        excluded: Names of parameters.
+    """
+
+    space: Space
+    excluded: tuple[str, ...]
+
+    def maps(self, model: nn.Module | Architecture) -> Maps:
+        """Resolve the space and leave the excluded parameters out."""
+        maps = self.space.maps(model)
+        return {name: m for name, m in maps.items() if name not in self.excluded}
+
+    @property
+    def name(self) -> str:
+        """The space as `parse` reads it."""
+        return self.space.name
 
 
 def _parts(space: Space) -> tuple[Space, ...]:

@@ -31,7 +31,9 @@ def save_kernels(
             versions), in values that JSON knows.
     """
     text = json.dumps({"format": FORMAT, "axes": AXES, **header})
-    tensors = {name: k.detach().cpu().contiguous() for name, k in kernels.items()}
+    tensors = {
+        name: k.detach().cpu().contiguous().clone() for name, k in kernels.items()
+    }
     _replace(path, lambda part: save_file(tensors, part, metadata={"ntk": text}))
 
 

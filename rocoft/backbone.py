@@ -138,7 +138,7 @@ class Backbone:
     def _shortened(self, encoded: Mapping[str, Any], excess: int) -> Mapping[str, Any]:
         """Cut tokens from the front of the text, so that the prompt's end stays."""
         ids = encoded["input_ids"]
-        special = set(self.tokenizer.all_special_ids)
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         keep = [i for i, token in enumerate(ids) if token in special]
         free = [i for i in range(len(ids)) if i not in keep]
         drop = set(free[:excess])
@@ -215,6 +215,7 @@ def load_backbone(
         torch.set_rng_state(torch_state)
     _pad_with_something(tokenizer, module)
     limit = _length_limit(config, tokenizer)
+    _check_device(device)
     backbone = Backbone(
         *(name, module.to(device).eval(), tokenizer, readout, bool(fresh)),
         *(prompt if readout != "head" else None, min(max_length, limit)),
@@ -288,6 +289,17 @@ def _load(kind: Any, path: str, name: str, **options: Any) -> Any:
         ) from error
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise BackboneError(
+            f"device={device!r} cannot be used: {reason}. Use 'cpu', or 'cuda' where "
+            "torch finds a GPU."
+        ) from error
+
+
 def _hub_is_known() -> bool:
     """Whether the Hub's name resolves; asking it for files would retry for long."""
     host = urlsplit(constants.ENDPOINT).hostname or ""
@@ -328,13 +340,10 @@ def _with_head(
     missing = {str(key) for key in info["missing_keys"]}
     missing |= {str(key[0]) for key in info["mismatched_keys"]}
     head = Architecture(module).head
-    lost = sorted(missing - set(head))
-    if any("pooler" not in key for key in lost):
-        raise BackboneError(
-            f"the checkpoint of {name!r} lacks {len(lost)} weights of the body, such "
-            f"as {lost[0]!r}, so it is no pretrained {type(module).__name__}."
-        )
-    return module, [key for key in (*lost, *head) if key in missing]
+    _refuse_missing({"missing_keys": missing - set(head)}, name, module)
+    return module, [
+        key for key in (*sorted(missing - set(head)), *head) if key in missing
+    ]
 
 
 def _language_model(
@@ -362,11 +371,22 @@ def _is_mean_pooled(path: str) -> bool:
 def _with_mean_head(
     path: str, name: str, labels: int, dtype: torch.dtype
 ) -> tuple[MeanPooled, list[str]]:
-    body = _load(AutoModel, path, name, dtype=dtype)
+    body, info = _load(AutoModel, path, name, output_loading_info=True, dtype=dtype)
+    _refuse_missing(info, name, body)
     if hasattr(body, "pooler"):
         # The pooled first token is not read, so its layer is no parameter of f.
         body.pooler = None
     return MeanPooled(body, labels).to(dtype), ["classifier.weight", "classifier.bias"]
+
+
+def _refuse_missing(info: Mapping[str, Any], name: str, module: nn.Module) -> None:
+    """Refuse a checkpoint that lacks weights of the body, other than a pooler's."""
+    lost = sorted(k for k in map(str, info["missing_keys"]) if "pooler" not in k)
+    if lost:
+        raise BackboneError(
+            f"the checkpoint of {name!r} lacks {len(lost)} weights of the body, such "
+            f"as {lost[0]!r}, so it is no pretrained {type(module).__name__}."
+        )
 
 
 def _pad_with_something(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:

@@ -95,7 +95,7 @@ def _scores(
     if statistics is None:
         raise SelectionError(
             f"strategy={strategy!r} needs examples to score {name!r}. Fix the space "
-            "on some first: space = space.fit(model, inputs)."
+            "on some first: space = ntk.calibrate(space, model, inputs)."
         )
     if strategy == "activation":
         return (values.abs() * statistics).sum(dim=other)

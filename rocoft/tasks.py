@@ -6,8 +6,8 @@ LM-BFF (Gao et al. 2021) and of the kernel view of fine-tuning (Malladi et al. 2
 """
 
 import csv
+import io
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -43,13 +43,13 @@ class Prompt:
             self.causal.format(a="", b="")
         except (KeyError, IndexError, ValueError) as error:
             raise TaskError(
-                f"template {self.template!r} has a field other than {{a}}, {{b}}, "
+                f"template {self.template!r} has a field other than {{a}}, {{b}} and "
                 f"{{mask}}: {error}."
             ) from None
         if "{a}" not in self.template or self.template.count("{mask}") != 1:
             raise TaskError(
-                f"template {self.template!r} must hold {{a}} and {{mask}} once, such as "
-                "'{a} It was {mask}.'"
+                f"template {self.template!r} must hold {{a}} and {{mask}} once, such "
+                "as '{a} It was {mask}.'"
             )
 
 
@@ -187,8 +187,10 @@ def load_file(path: Path, prompt: Prompt | None = None) -> Task:
     Returns:
         The task; train and test examples are both drawn from it.
     """
-    examples, labels = _read(path)
-    return Task(path.stem, labels, examples, (), prompt, str(path))
+    rows = _rows(path)
+    classes = _classes(rows, path)
+    examples = _examples(rows, classes, path)
+    return Task(path.stem, tuple(classes.values()), examples, (), prompt, str(path))
 
 
 def few_shot(task: Task, shots: int, test_size: int, seed: int) -> Split:
@@ -238,11 +240,14 @@ def few_shot(task: Task, shots: int, test_size: int, seed: int) -> Split:
 
 
 def _from_folder(name: str, folder: Path, source: str) -> Task:
-    train, labels = _read(folder / "train.jsonl")
+    rows = _rows(folder / "train.jsonl")
+    classes = _classes(rows, folder / "train.jsonl")
+    train = _examples(rows, classes, folder / "train.jsonl")
+    test: tuple[Example, ...] = ()
     if (folder / "test.jsonl").is_file():
-        test, _ = _read(folder / "test.jsonl", labels)
-    else:
-        test = ()
+        test_rows = _rows(folder / "test.jsonl")
+        test = _examples(test_rows, classes, folder / "test.jsonl")
+    labels = tuple(classes.values())
     return Task(name, labels, train, test, PROMPTS.get(name), source)
 
 
@@ -276,35 +281,41 @@ def _from_hub(name: str) -> Task:
     return Task(name, labels, train, test, PROMPTS.get(name), f"hub:{path}")
 
 
-def _read(
-    path: Path, labels: tuple[str, ...] | None = None
-) -> tuple[tuple[Example, ...], tuple[str, ...]]:
-    """Read labelled texts and the names of their labels."""
-    rows = _rows(path)
+def _examples(
+    rows: Sequence[Mapping[str, Any]], classes: Mapping[str, str], path: Path
+) -> tuple[Example, ...]:
+    """Return labelled texts; labels are numbered in the order of the classes."""
+    numbers = {value: number for number, value in enumerate(classes)}
+    _check_columns(rows, path)
+    unknown = sorted({str(row["label"]) for row in rows} - numbers.keys())
+    if unknown:
+        raise TaskError(
+            f"file {str(path)!r} has labels {', '.join(unknown)}, but the training "
+            f"examples have {', '.join(classes)} alone."
+        )
+    pair = "text_a" in rows[0]
+    return tuple(
+        Example(
+            str(row["text_a" if pair else "text"]),
+            str(row["text_b"]) if pair else None,
+            numbers[str(row["label"])],
+        )
+        for row in rows
+    )
+
+
+def _check_columns(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if not rows:
         raise TaskError(f"file {str(path)!r} holds no examples.")
-    pair = "text_a" in rows[0]
-    needed = ("text_a", "text_b", "label") if pair else ("text", "label")
+    needed = ("text_a", "text_b") if "text_a" in rows[0] else ("text",)
     for number, row in enumerate(rows, start=1):
-        for column in needed:
+        for column in (*needed, "label"):
             if row.get(column) in (None, ""):
                 raise TaskError(
                     f"example {number} of {str(path)!r} has no {column!r}. Every one "
                     "needs 'text' (or 'text_a' and 'text_b') and 'label'; this one "
                     f"has {', '.join(map(repr, row)) or 'nothing'}."
                 )
-    if labels is None:
-        labels = _label_names(rows, path)
-    values = _label_values(rows, labels, path)
-    examples = tuple(
-        Example(
-            str(row["text_a" if pair else "text"]),
-            str(row["text_b"]) if pair else None,
-            value,
-        )
-        for row, value in zip(rows, values, strict=True)
-    )
-    return examples, labels
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
@@ -327,13 +338,13 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
             f"at position {error.start}. Save it as UTF-8."
         ) from None
     if kind in {".csv", ".tsv"}:
-        lines = text.splitlines(keepends=True)
+        lines = io.StringIO(text, newline="")
         return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
     return list(_json_rows(text, path))
 
 
 def _json_rows(text: str, path: Path) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -347,50 +358,23 @@ def _json_rows(text: str, path: Path) -> Iterable[Mapping[str, Any]]:
         yield row
 
 
-def _label_names(rows: Sequence[Mapping[str, Any]], path: Path) -> tuple[str, ...]:
-    """Return label names, in the order of their numbers if labels are numbers."""
-    if any(isinstance(row["label"], float) for row in rows):
-        raise TaskError(
-            f"file {str(path)!r} has labels that are no classes, such as "
-            f"{next(r['label'] for r in rows if isinstance(r['label'], float))}. "
-            "Regression is not supported."
-        )
-    values = {str(row["label"]) for row in rows}
-    if len(values) < 2:
-        raise TaskError(
-            f"file {str(path)!r} has one class only, {values.pop()!r}. A classifier "
-            "needs at least two."
-        )
-    if all(value.isdigit() for value in values):
-        named = {
-            int(row["label"]): str(row.get("label_name", row["label"])) for row in rows
-        }
-        return tuple(named[key] for key in sorted(named))
-    return tuple(sorted(values))
-
-
-def _label_values(
-    rows: Sequence[Mapping[str, Any]], labels: tuple[str, ...], path: Path
-) -> list[int]:
-    texts = [str(row["label"]) for row in rows]
-    if all(text.isdigit() for text in texts):
-        keys = sorted({int(text) for text in texts})
-        if len(keys) != len(labels):
-            # A test file may lack a class; then only 0, 1, ... are unambiguous.
-            keys = list(range(len(labels)))
-        if not {int(text) for text in texts} <= set(keys):
+def _classes(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
+    """Return label values and their names, numbers in their order, else sorted."""
+    _check_columns(rows, path)
+    for row in rows:
+        if isinstance(row["label"], float):
             raise TaskError(
-                f"file {str(path)!r} has labels {dict(Counter(texts))}, but the "
-                f"classes are {', '.join(labels)}."
+                f"file {str(path)!r} has labels that are no classes, such as "
+                f"{row['label']}. Regression is not supported."
             )
-        return [keys.index(int(text)) for text in texts]
-    unknown = sorted(set(texts) - set(labels))
-    if unknown:
+    named = {str(r["label"]): str(r.get("label_name") or r["label"]) for r in rows}
+    if len(named) < 2:
         raise TaskError(
-            f"file {str(path)!r} has labels {', '.join(unknown)} that the training "
-            f"examples do not have."
+            f"file {str(path)!r} has one class only, {next(iter(named))!r}. A "
+            "classifier needs at least two."
         )
-    return [labels.index(text) for text in texts]
+    order = sorted(named, key=int if all(v.isdigit() for v in named) else str)
+    return {value: named[value] for value in order}
 
 
 def _first_line(error: BaseException) -> str:
