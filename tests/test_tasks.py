@@ -305,7 +305,7 @@ def test_refused_labels_of_a_test_file(tmp_path):
     with pytest.raises(TaskError, match="labels z, but the training"):
         load_task("own", data)
     data = folder(tmp_path / "more" / "own", labelled(0, 1), labelled(0, 1, 2))
-    with pytest.raises(TaskError, match="the classes are 0, 1"):
+    with pytest.raises(TaskError, match="labels 2, but the training"):
         load_task("own", data)
 
 
