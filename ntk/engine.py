@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ntk import coverage
 from ntk.capture import complete, record
+from ntk.contraction import Contraction, gram
 from ntk.coverage import Service, Verdict
-from ntk.factors import Contraction, Factor, Matrix, Vector, dense, gram
+from ntk.factors import Factor, Matrix, Vector, dense
 from ntk.function import Batch, NetworkFunction, batch_length, take
 from ntk.jacobian import Key, jacobian, products_kernel
 from ntk.maps import LowRank, Map, Maps, Slices, Stack, Whole

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntk.factors import Contraction
+from ntk.contraction import Contraction
 from ntk.function import Batch, NetworkFunction, batch_length, take
 from ntk.maps import Map, Maps
 

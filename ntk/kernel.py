@@ -22,8 +22,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ntk.contraction import Contraction
 from ntk.engine import Engine, KernelResult, Progress
-from ntk.factors import Contraction
 from ntk.function import (
     Inputs,
     NetworkFunction,

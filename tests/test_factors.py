@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ntk import factors
-from ntk.factors import Contraction, Matrix, Table, Vector
+from ntk import contraction, factors
+from ntk.contraction import Contraction
+from ntk.factors import Matrix, Table, Vector
 from ntk.kernel import compute
 from ntk.spaces import Columns, Full, LoRA, Rows
 
@@ -34,6 +35,14 @@ def matrix(n, t, outputs, inputs, output_dim=0, rows=None):
     width = outputs if rows is None else len(rows)
     g = tuple(noise(n, t, width) for _ in range(C))
     return Matrix(noise(n, t, inputs), g, output_dim, rows)
+
+
+def padded(factor):
+    """Take the gradients of some positions away, and all those of the first example."""
+    for g in factor.g:
+        g[:, -1] = 0
+        g[0] = 0
+    return factor
 
 
 def table(n, t, words, d):
@@ -90,6 +99,7 @@ USES = {
     "no position": lambda n: [matrix(n, 0, 4, 3)],
     "two uses": lambda n: [matrix(n, 5, 4, 3), matrix(n, 2, 4, 3)],
     "stored by inputs": lambda n: [matrix(n, 5, 3, 4, output_dim=1)],
+    "padded": lambda n: [padded(matrix(n, 5, 4, 3)), padded(matrix(n, 2, 4, 3))],
     "both ways": lambda n: [matrix(n, 5, 4, 3), matrix(n, 5, 3, 4, output_dim=1)],
     "some rows": lambda n: [matrix(n, 5, 4, 3, rows=ROWS)],
     "repeated rows": lambda n: [matrix(n, 5, 4, 3, rows=REPEATED)],
@@ -111,26 +121,29 @@ BLOCKS = pytest.mark.parametrize("entries", [1, 100, 2**20])
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("name", USES)
 def test_gram_agrees_with_whole_gradients(name, how, entries, monkeypatch):
-    monkeypatch.setattr(factors, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(contraction, "BLOCK_ENTRIES", entries)
     shape, rule = torch.Size(SHAPE), HOWS[how]
     left = [USES[name](2), USES[name](3)]
     right = [USES[name](1), USES[name](2)]
     for other in (left, left[:1], right):
-        found = factors.gram(left, other, shape, rule)
+        found = contraction.gram(left, other, shape, rule)
         assert_close(found, expected_gram(left, other, shape, rule), of=how)
 
 
 @pytest.mark.parametrize("how", ["sgd", "trace"])
-@pytest.mark.parametrize("name", ["one use", "two uses", "stored by inputs"])
-def test_tokens_and_blocks_are_two_ways_to_the_same(name, how, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["one use", "no position", "two uses", "stored by inputs", "both ways", "padded"],
+)
+def test_positions_and_blocks_are_two_ways_to_the_same(name, how, monkeypatch):
     shape, rule = torch.Size(SHAPE), HOWS[how]
     left, right = [USES[name](2), USES[name](3)], [USES[name](2)]
     for other in (left, left[:1], right):
         expected = expected_gram(left, other, shape, rule)
         for cheaper in (True, False):
             answer = lambda *_, cheaper=cheaper: cheaper
-            monkeypatch.setattr(factors, "_tokens_are_cheaper", answer)
-            assert_close(factors.gram(left, other, shape, rule), expected)
+            monkeypatch.setattr(contraction, "_positions_are_cheaper", answer)
+            assert_close(contraction.gram(left, other, shape, rule), expected)
 
 
 @pytest.mark.parametrize("name", USES)
@@ -173,8 +186,8 @@ def test_gram_of_any_sizes(n, t, outputs, inputs, output_dim, entries):
     shape = torch.Size((outputs, inputs)[:: -1 if output_dim else 1])
     uses = [[matrix(n, t, outputs, inputs, output_dim)]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factors, "BLOCK_ENTRIES", entries)
-        found = factors.gram(uses, uses, shape, Contraction())
+        patch.setattr(contraction, "BLOCK_ENTRIES", entries)
+        found = contraction.gram(uses, uses, shape, Contraction())
     expected = expected_gram(uses, uses, shape, Contraction())
     assert_close(found, expected, floor=1e-300)
 

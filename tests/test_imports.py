@@ -12,9 +12,9 @@ ROCOFT = """
 architecture selection tasks readouts backbone config layer model trainer train
 """
 NTK = """
-function maps spaces notation factors rules capture coverage jacobian engine kernel
-calibration certificate storage spectrum distance classifiers linearize evaluation
-plots report options compare
+function maps spaces notation factors positions contraction rules capture coverage
+jacobian engine kernel calibration certificate storage spectrum distance classifiers
+linearize evaluation plots report options compare
 """
 ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}
 FILES = [

@@ -9,7 +9,7 @@ from cases import BY_NAME, Lambda
 from dense import assert_close
 from torch import Tensor, nn
 
-from ntk.factors import Contraction
+from ntk.contraction import Contraction
 from ntk.function import NetworkFunction, to_batches
 from ntk.jacobian import jacobian, products_kernel
 from ntk.kernel import empirical_ntk

@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from ntk.factors import TOKEN_OVERHEAD
+from ntk.contraction import POSITION_OVERHEAD
 
 Batch = dict[str, Tensor]
 
@@ -133,12 +133,12 @@ def full_operations(model: nn.Module, batch: Batch) -> dict[str, float]:
 
     Counted from shapes alone for n examples and c outputs: all c n by c n entries of
     every parameter's Gram matrix, as if it were not symmetric. For a weight
-    (d_out, d_in) used at t positions the cheaper of two routes, as in `ntk.factors`:
+    (d_out, d_in) used at t positions, padding included, the cheaper of two routes:
 
     - block: form G (n t c d_out d_in), then contract it ((c n)^2 d_out d_in);
-    - token: compare all positions ((n t)^2 (d_in + c^2 d_out)), with the package's
-      charge of `TOKEN_OVERHEAD` for each of the (n t)^2 c^2 elementwise multiply-adds,
-      which run at the speed of memory.
+    - token: compare all positions ((n t)^2 (d_in + c^2 d_out)), with the charge that
+      `ntk.contraction` has for each of the (n t)^2 c^2 elementwise multiply-adds, which
+      run at the speed of memory.
 
     For a vector of d entries (bias, scale), (c n)^2 d; for an embedding table,
     c^2 d for every pair of examples that hold the same row. Sums over positions and
@@ -180,7 +180,7 @@ def full_operations(model: nn.Module, batch: Batch) -> dict[str, float]:
 def _weight_operations(n: int, t: int, c: int, shape: torch.Size) -> float:
     d_out, d_in = shape
     block = (n * t * c + (c * n) ** 2) * d_out * d_in
-    token = (n * t) ** 2 * (d_in + c**2 * (d_out + TOKEN_OVERHEAD))
+    token = (n * t) ** 2 * (d_in + c**2 * (d_out + POSITION_OVERHEAD))
     return float(min(block, token))
 
 

@@ -1,0 +1,150 @@
+"""Gram matrices of a linear weight, position against position; no gradient is formed.
+
+With ``G[k, i] = sum_t g[k, i, t] x[i, t]^T`` the positions of an example,
+
+    <G[k, i], G[l, j]> = sum_{t, s} (g[k, i, t] . g[l, j, s]) (x[i, t] . x[j, s]).
+
+All positions of all examples lie in a row here, sorted by example, and those where
+every g is zero (padding) are left out. The products are made in panels of whole
+examples that stay near the processor; of a symmetric Gram matrix only the half.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ntk.factors import Matrix, examples
+
+PANEL_ROWS = 512
+"""Rows of a panel of products, outputs times positions, or one example's."""
+PANEL_COLUMNS = 1024
+"""Columns of a panel of products, outputs times positions, or one example's."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of n examples, sorted by example.
+
+    Attributes:
+        x: ``(p, d_in)`` inputs of the weight.
+        g: ``(c, p, d_out)`` gradients with respect to its outputs.
+        owner: ``(p,)`` the number of each position's example.
+        starts: The n + 1 places at which the examples start and the last one ends.
+    """
+
+    x: Tensor
+    g: Tensor
+    owner: Tensor
+    starts: list[int]
+
+    @classmethod
+    def of(
+        cls, uses: Sequence[Sequence[Matrix]], *, coupled: bool, first: int
+    ) -> "Positions":
+        """Collect the positions with a gradient of the first so many examples.
+
+        Args:
+            uses: For each batch, the factors of every use of the weight.
+            coupled: Keep the outputs apart. Else they lie side by side in one vector,
+                ``g`` is ``(1, p, c d_out)``, whose products sum over them.
+            first: Number of examples.
+
+        Returns:
+            Their positions.
+        """
+        xs, gs, owners, n = [], [], [], 0
+        for batch in uses:
+            count = examples([batch])
+            for factor in batch:
+                # A NaN is not zero: it stays.
+                largest = torch.stack([g.abs().amax(dim=2) for g in factor.g])
+                held = (largest != 0).any(dim=0)
+                held[max(0, first - n) :] = False
+                places = held.flatten().nonzero()[:, 0]
+                pick = lambda v, at=places: v.flatten(0, 1).index_select(0, at)
+                each = [pick(g) for g in factor.g]
+                xs.append(pick(factor.x))
+                gs.append(torch.stack(each) if coupled else torch.cat(each, 1)[None])
+                owners.append(places // held.shape[1] + n)
+            n += count
+        x, g, owner = (torch.cat(v, dim) for v, dim in ((xs, 0), (gs, 1), (owners, 0)))
+        if len(owners) > len(uses):
+            order = owner.argsort(stable=True)
+            x, g, owner = x[order], g[:, order], owner[order]
+        counts = torch.bincount(owner, minlength=first)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
+        return cls(x, g, owner, starts)
+
+    def panels(self, most: int) -> list[tuple[int, int]]:
+        """Cut the examples into runs of at most so many positions, or one example."""
+        cuts = [0]
+        for i in range(1, len(self.starts) - 1):
+            if self.starts[i + 1] - self.starts[cuts[-1]] > most:
+                cuts.append(i)
+        return list(zip(cuts, [*cuts[1:], len(self.starts) - 1], strict=True))
+
+    def part(self, panel: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x, g and ``(examples, positions)`` one-hot owners of a panel."""
+        first, last = panel
+        places = slice(self.starts[first], self.starts[last])
+        numbers = torch.arange(first, last, device=self.owner.device)
+        owns = (numbers[:, None] == self.owner[places]).to(self.x.dtype)
+        return self.x[places], self.g[:, places], owns
+
+
+def position_gram(
+    left: Sequence[Sequence[Matrix]],
+    right: Sequence[Sequence[Matrix]] | int,
+    *,
+    coupled: bool,
+) -> Tensor:
+    """Return the Gram matrix of a weight's gradients.
+
+    Args:
+        left: For each batch, the factors of every use of the weight, all in the same
+            orientation.
+        right: The same of the right examples, or their number if they are the first of
+            the left ones.
+        coupled: Keep all pairs of outputs, else sum over equal outputs.
+
+    Returns:
+        ``(c n, c m)`` in float64, or ``(n, m)`` if not coupled.
+    """
+    n = examples(left)
+    m = right if isinstance(right, int) else examples(right)
+    ours = Positions.of(left, coupled=coupled, first=n)
+    if not isinstance(right, int):
+        theirs = Positions.of(right, coupled=coupled, first=m)
+    elif m < n:
+        theirs = Positions.of(left, coupled=coupled, first=m)
+    else:
+        theirs = ours
+    c = len(ours.g)
+    total = ours.x.new_zeros(c, n, c, m, dtype=torch.float64)
+    columns = [(p, theirs.part(p)) for p in theirs.panels(PANEL_COLUMNS // c)]
+    for rows in ours.panels(PANEL_ROWS // c):
+        part = ours.part(rows)
+        for (first, last), other in columns:
+            if ours is theirs and first >= rows[1]:
+                break
+            block = total[:, rows[0] : rows[1], :, first:last]
+            block.copy_(_panel(part, other))
+    if ours is theirs:
+        above = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1)
+        mirrored = total.permute(2, 3, 0, 1)
+        total = torch.where(above[:, None, :], mirrored, total)
+    return total.reshape(c * n, c * m)
+
+
+def _panel(
+    left: tuple[Tensor, Tensor, Tensor], right: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """Return the entries ``(c, n, c, m)`` of two panels' examples."""
+    (x, g, owns), (y, h, others) = left, right
+    c, p, q = len(g), len(x), len(y)
+    products = (g.flatten(0, 1) @ h.flatten(0, 1).T).view(c, p, c, q)
+    products *= (x @ y.T)[:, None]
+    by_example = owns @ products.view(c, p, c * q)
+    return by_example.view(c, len(owns), c, q) @ others.T
