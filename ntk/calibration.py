@@ -1,28 +1,26 @@
 """Rows and columns that examples choose: by activations or by gradient energy."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ntk import coverage
-from ntk.capture import complete, record
+from ntk import coverage, passes
 from ntk.coverage import Service
-from ntk.engine import groups
-from ntk.factors import Matrix, dense
+from ntk.factors import Factor, Matrix, dense
 from ntk.function import (
-    Batch,
     Inputs,
     NetworkFunction,
     Readout,
-    batch_length,
     check_model,
     evaluating,
     to_batches,
 )
 from ntk.jacobian import jacobian
 from ntk.maps import Maps, Whole, oriented
+from ntk.passes import sample
+from ntk.rules import Use
 from ntk.spaces import Columns, Rows, Space, Sum
 from rocoft.architecture import Architecture, LinearWeight, SelectionError
 
@@ -108,46 +106,75 @@ def _statistics(
     device = next(model.parameters()).device
     batches = to_batches(inputs, device, batch_size)
     function = NetworkFunction(model, outputs)
-    totals: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
+    found: dict[str, dict[str, Tensor]] = {}
     with evaluating(model):
-        verdicts = coverage.services(function, batches[0], weights)
-        for service in (Service.BATCH, Service.SINGLE):
-            served = {n for n in weights if verdicts[n].service is service}
-            single = service is Service.SINGLE
-            for group in (g for b in batches for g in groups(b, single=single)):
-                if served:
-                    _add_pass(function, group, served, weights, totals)
+        verdicts = coverage.services(function, sample(batches), weights)
+        collect = lambda service, names: _Statistics(weights, names, found)
+        passes.run(function, batches, verdicts, collect)
         unserved: Maps = {
             n: (Whole(),) for n in weights if verdicts[n].service is Service.DEFINITION
         }
         if unserved:
             for (name, _), rows in jacobian(function, batches, unserved).items():
-                _add_energies(totals[name], rows, weights[name])
-    return totals
+                found[name] = {}
+                _add_energies(found[name], rows, weights[name])
+    return {name: found.get(name, {}) for name in weights}
 
 
-def _add_pass(
-    function: NetworkFunction,
-    group: Batch,
-    served: set[str],
-    weights: Mapping[str, LinearWeight],
-    totals: dict[str, dict[str, Tensor]],
-) -> None:
-    outputs, recorder = record(function, group, served)
-    factors = complete(outputs, recorder)
-    with torch.no_grad():
-        for name, uses in factors.items():
-            shape = function.model.get_parameter(name).shape
-            for i in range(batch_length(group)):
+class _Statistics:
+    """Adds up, batch after batch, input norms and gradient energies of weights.
+
+    Args:
+        weights: The weights.
+        names: Those that are collected.
+        found: Where the statistics go in the end.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, LinearWeight],
+        names: set[str],
+        found: dict[str, dict[str, Tensor]],
+    ) -> None:
+        self.weights = weights
+        self.found = found
+        self.totals: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        self._examples = 0
+        self._factors: dict[tuple[str, int], dict[int, Factor]] = {}
+
+    def begin(
+        self, uses: Sequence[Use], examples: int, outputs: int, without: Collection[str]
+    ) -> None:
+        """Expect the next examples."""
+        self._examples = examples
+
+    def receive(self, use: Use, k: int, factor: Factor) -> None:
+        """Take what output k leaves of one use."""
+        if use.name in self.totals:
+            self._factors.setdefault((use.name, k), {})[id(use)] = factor
+
+    def end(self) -> None:
+        """Add what the batch left."""
+        for (name, k), uses in self._factors.items():
+            of, total = self.weights[name], self.totals[name]
+            stored = (of.outputs, of.inputs)[:: 1 if of.output_dim == 0 else -1]
+            for i in range(self._examples):
                 # One example at a time: whole gradients are large.
-                rows = dense([factor.example(i) for factor in uses], shape)
-                _add_energies(totals[name], rows, weights[name])
-            for factor in uses:
-                if isinstance(factor, Matrix):
+                rows = dense([f.example(i) for f in uses.values()], torch.Size(stored))
+                _add_energies(total, rows, of)
+            for factor in uses.values():
+                if k == 0 and isinstance(factor, Matrix):
                     power = factor.x.double().square().sum(dim=(0, 1))
-                    _add(totals[name], "squared activation", power)
-            total = totals[name]
-            total["activation"] = total["squared activation"].sqrt()
+                    _add(total, "squared activation", power)
+        self._factors = {}
+
+    def finish(self, without: Collection[str]) -> None:
+        """Keep what was collected, some parameters left out."""
+        for name, total in self.totals.items():
+            if name not in without:
+                if "squared activation" in total:
+                    total["activation"] = total["squared activation"].sqrt()
+                self.found[name] = total
 
 
 def _add_energies(total: dict[str, Tensor], rows: Tensor, of: LinearWeight) -> None:

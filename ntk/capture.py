@@ -2,23 +2,26 @@
 
 A `TorchFunctionMode` sees every call in which a parameter enters, whichever module
 makes it: `F.linear` in a layer, `torch.addmm` in transformers' Conv1D, a weight
-multiplied in an RMSNorm, a learned token expanded over the batch. The call is made
-with the parameter detached, so no weight gradient is ever computed and nothing in the
-model is hooked or changed, and its output is remembered. Gradients with respect to
-those outputs, one backward pass for each of the model's outputs, complete the factors.
+multiplied in an RMSNorm, a learned token expanded over the batch. Parameters take no
+gradients meanwhile, so no weight gradient is ever computed, and no module is hooked or
+changed. The outputs of those calls are watched: one backward pass for each of the
+model's outputs completes the factors, each as its gradient arrives, so that whoever
+receives it can reduce it while it is near the processor and let it go.
 
 A call that no rule knows makes the parameter *unserved*; the definition serves it.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ntk.factors import Factor
+from ntk.factors import Factor, joined
 from ntk.function import (
     Batch,
     FunctionError,
@@ -38,6 +41,9 @@ class Recorder(TorchFunctionMode):
         wanted: Parameters to record.
         aliases: By identity, the tensors known to be parameters and what they are.
         uses: What was recorded.
+        watched: The uses that each watched output completes.
+        leaves: Where the graph of the watched outputs begins.
+        arrived: Called with the number of a watched output and its gradient.
         unserved: Parameters no rule served, and why.
         lengths: Position counts seen with the examples on an axis of their own.
         routed: Whether positions have been picked by a condition on data, after which
@@ -48,6 +54,9 @@ class Recorder(TorchFunctionMode):
     wanted: Collection[str]
     aliases: dict[int, tuple[Tensor, Alias]]
     uses: list[Use] = field(default_factory=list)
+    watched: list[list[Use]] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    arrived: Callable[[int, Tensor], None] | None = None
     unserved: dict[str, str] = field(default_factory=dict)
     lengths: set[int] = field(default_factory=set)
     routed: bool = False
@@ -199,7 +208,7 @@ class Recorder(TorchFunctionMode):
             if _tensors(output):
                 self._leave(found, f"of {name}")
             return output
-        output = func(*_detached(args, self), **_detached(kwargs, self))
+        output = func(*args, **kwargs)
         if output.ndim > 2 and len(output) == self.examples:
             self.lengths.add(output.shape[1])
         layout = self._layout(output)
@@ -211,15 +220,31 @@ class Recorder(TorchFunctionMode):
             output = output.expand(self.examples, *output.shape[1:])
         if not output.requires_grad:
             leaf = output.detach().requires_grad_()
+            self.leaves.append(leaf)
             output = leaf.clone()
         try:
-            for use in rule(self, call, output):
-                if use.name in self.wanted:
-                    use.layout, use.routed = layout, self.routed
-                    self.uses.append(use)
+            uses = [u for u in rule(self, call, output) if u.name in self.wanted]
         except NotByExampleError as error:
             self._leave(found, str(error))
+            return output
+        for use in uses:
+            use.layout, use.routed = layout, self.routed
+        self.uses += uses
+        self._watch(output, uses)
         return output
+
+    def _watch(self, output: Tensor, uses: list[Use]) -> None:
+        """Have the gradient of an output, as it is now, reported to `arrived`."""
+        number, recorder = len(self.watched), ref(self)
+        self.watched.append(uses)
+
+        # The graph must not keep the recorder, which keeps the inputs of the layers.
+        def report(gradient: Tensor) -> None:
+            if (alive := recorder()) is not None and alive.arrived is not None:
+                alive.arrived(number, gradient)
+
+        if output.requires_grad:
+            output.register_hook(report)
 
     def layouts(self) -> dict[str, tuple[str, ...]]:
         """Return, by parameter, how the examples lay in the output of each use."""
@@ -267,47 +292,92 @@ def record(
             if t.ndim > 1
         },
     )
-    with recorder:
+    # The flags are set before the recorder looks at every call.
+    with _frozen(function.model), recorder:
         outputs = function(batch)
     check_finite(function.model, outputs)
+    for use in recorder.uses:
+        if use.spoilt():
+            recorder.unserved.setdefault(use.name, "its layer's input is overwritten")
     return outputs, recorder
 
 
-def complete(outputs: Tensor, recorder: Recorder) -> dict[str, list[Factor]]:
-    """Run one backward pass for each output and complete the factors.
+Receiver = Callable[[Use, int, Factor], None]
+"""Called with a use, the number of an output and the factor of that output."""
+
+
+def backward(outputs: Tensor, recorder: Recorder, receive: Receiver) -> None:
+    """Run one backward pass for each output and hand out the factors.
+
+    The recorder is empty afterwards.
 
     Args:
         outputs: ``(n, c)`` as `record` returned them.
         recorder: The uses.
+        receive: Called once for every use of a served parameter and every output.
+    """
+    waiting: set[int] = set()
+
+    def deliver(number: int, k: int, gradient: Tensor | None) -> None:
+        waiting.discard(number)
+        with torch.no_grad():
+            for use in recorder.watched[number]:
+                if use.name not in recorder.unserved:
+                    recorder.routed = use.routed
+                    h = use.zero() if gradient is None else gradient
+                    receive(use, k, use.factor(h))
+
+    c = outputs.shape[1]
+    for k in range(c):
+        waiting.update(range(len(recorder.watched)))
+        if outputs.requires_grad and recorder.leaves:
+            recorder.arrived = lambda number, gradient, k=k: deliver(
+                number, k, gradient
+            )
+            # Examples do not mix, so the sum's gradient is each example's own.
+            torch.autograd.grad(
+                outputs[:, k].sum(),
+                recorder.leaves,
+                retain_graph=k + 1 < c,
+                allow_unused=True,
+            )
+        for number in sorted(waiting):
+            deliver(number, k, None)
+    recorder.arrived = None
+    recorder.uses, recorder.watched, recorder.leaves = [], [], []
+
+
+def complete(outputs: Tensor, recorder: Recorder) -> dict[str, list[Factor]]:
+    """Run one backward pass for each output and collect the factors.
+
+    Args:
+        outputs: ``(n, c)`` as `record` returned them.
+        recorder: The uses; empty afterwards.
 
     Returns:
         The factors of every use of every served parameter.
     """
-    for use in recorder.uses:
-        if use.spoilt():
-            recorder.unserved.setdefault(use.name, "its layer's input is overwritten")
-    uses = [u for u in recorder.uses if u.name not in recorder.unserved]
-    edges = list({u.edge: None for u in uses})
-    if not edges:
-        return {}
-    gradients: list[tuple[Tensor | None, ...]] = []
-    c = outputs.shape[1]
-    for k in range(c):
-        # Examples do not mix, so the sum's gradient is each example's own.
-        gradients.append(
-            torch.autograd.grad(
-                outputs[:, k].sum(), edges, retain_graph=k + 1 < c, allow_unused=True
-            )
-        )
-    place = {edge: i for i, edge in enumerate(edges)}
+    order = list(recorder.uses)
+    parts: dict[int, list[Factor]] = {}
+    backward(outputs, recorder, lambda u, k, f: parts.setdefault(id(u), []).append(f))
     factors: dict[str, list[Factor]] = {}
-    with torch.no_grad():
-        for use in uses:
-            own = [several[place[use.edge]] for several in gradients]
-            recorder.routed = use.routed
-            factor = use.factor([use.zero() if g is None else g for g in own])
-            factors.setdefault(use.name, []).append(factor)
+    for use in order:
+        if id(use) in parts:
+            factors.setdefault(use.name, []).append(joined(parts[id(use)]))
     return factors
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter take a gradient, and give each its flag back."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
 
 
 SAME = {"float", "double", "to", "type", "type_as", "contiguous"}
@@ -358,16 +428,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         return [t for item in value.values() for t in _tensors(item)]
     return []
-
-
-def _detached(value: Any, recorder: Recorder) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach() if recorder.of(value) else value
-    if isinstance(value, tuple | list):
-        return type(value)(_detached(item, recorder) for item in value)
-    if isinstance(value, dict):
-        return {key: _detached(item, recorder) for key, item in value.items()}
-    return value
 
 
 def _refuse_batch_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

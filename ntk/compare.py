@@ -58,7 +58,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
     spaces = requested_spaces(options)
     folder = _folder(options)
     with _quiet_libraries():
-        # Imported here: --help and mistyped options answer at once.
+        # Imported here: mistyped options need not wait for what draws and evaluates.
         import torch
 
         from ntk.evaluation import evaluate

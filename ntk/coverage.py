@@ -160,9 +160,10 @@ def _rebuilt(
         if error > _tolerance(plain.dtype) * float(plain.norm()):
             return nothing, everything
         mixed = (outputs @ _mixture(outputs))[:, None]
+        layouts = recorder.layouts()
         factors = complete(mixed, recorder)
         unserved |= recorder.unserved.keys()
-        used |= recorder.layouts() | dict.fromkeys(recorder.unserved, ())
+        used |= layouts | dict.fromkeys(recorder.unserved, ())
         found += [(factors, i) for i in range(batch_length(group))]
 
     def gradient(name: str, i: int) -> Tensor | None:

@@ -236,8 +236,9 @@ def _spaces(
     """Return the role of each named space, and all spaces with the random ones."""
 
     def whole(space: Space) -> Space:
-        alone = head is None or isinstance(space, Full | Head)
-        return space if alone or head is None else space + head
+        if head is None or isinstance(space, Full | Head):
+            return space
+        return space + head
 
     roles = {"full": "reference"}
     spaces: dict[str, Space] = {"full": Full()}

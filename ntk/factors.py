@@ -16,7 +16,7 @@ written in place.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -124,6 +124,15 @@ class Vector:
 Factor = Matrix | Table | Vector
 Uses = Sequence[Sequence[Factor]]
 """For each batch, the factors of every use of one parameter."""
+
+
+def joined(parts: Sequence[Factor]) -> Factor:
+    """Return the factor of several outputs from one of each, of the same use."""
+    first = parts[0]
+    if isinstance(first, Vector):
+        return Vector(torch.cat([p.v for p in parts if isinstance(p, Vector)]))
+    g = tuple(h for p in parts if not isinstance(p, Vector) for h in p.g)
+    return replace(first, g=g)
 
 
 def dense(factors: Sequence[Factor], shape: torch.Size) -> Tensor:

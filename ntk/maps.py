@@ -6,18 +6,23 @@ map           features of a weight                 coordinates
 `Whole`       G                                    d_out d_in
 `Slices`      G[R, :] and G[not R, C]              r d_in + (d_out - r) c
 `LowRank`     s G A^T                              d_out r
+`InputSide`   all G[:, C] and s G A^T of a weight  d_out (sum of c and r)
 ============  ===================================  ==========================
 
 with ``G[n, c] = sum_t g[n, c, t] x[n, t]^T`` of shape (d_out, d_in), x the layer's
 input and g the gradient with respect to its output. A map also says how coordinates
 delta move the weight (`shift`), which is what the definition in `jacobian`
 differentiates: features and coordinates are adjoint to each other.
+
+Features are made as gradients arrive, one output of the model at a time: `prepare`
+keeps what they need of x, `add` adds those of g.
 """
 
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -61,6 +66,14 @@ class Slices:
     rescale: bool = False
 
     @cached_property
+    def _row_places(self) -> slice | Tensor:
+        return _places(self.rows)
+
+    @cached_property
+    def _column_places(self) -> slice | Tensor:
+        return _places(self.columns)
+
+    @cached_property
     def other_rows(self) -> tuple[int, ...]:
         """Output features whose selected columns are features of their own."""
         if not self.columns:
@@ -71,7 +84,7 @@ class Slices:
     def size(self, shape: Sequence[int]) -> int:
         """Return the number of coordinates."""
         rows = len(self.rows) * self.of.inputs
-        return rows + len(self.other_rows) * len(self.columns)
+        return rows + (self.of.outputs - len(self.rows)) * len(self.columns)
 
     def weights(self) -> Tensor | None:
         """Return the weight of each coordinate in the kernel, None for one."""
@@ -87,29 +100,37 @@ class Slices:
         by_column = (1 / odds)[list(self.other_rows)]
         return torch.cat([by_row, by_column.repeat_interleave(len(self.columns))])
 
-    def features(self, g: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Return the features of a weight's gradient given in factors.
+    def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what `add` needs of the layer's input ``(n, t, inputs)``."""
+        return (x, _pick(x, self._column_places)) if self.columns else (x,)
+
+    def add(
+        self, g: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, first: bool
+    ) -> None:
+        """Add the features of one output to ``out``, or write them there.
 
         Args:
-            g: For each of c outputs, ``(n, t, outputs)`` gradients with respect to the
-                layer's output.
-            x: ``(n, t, inputs)`` the layer's input.
-
-        Returns:
-            ``(c, n, size)``.
+            g: ``(n, t, outputs)`` gradients with respect to the layer's output.
+            kept: What `prepare` returned.
+            out: ``(n, size)``.
+            first: Whether ``out`` holds nothing yet.
         """
-        pieces = []
+        cut = len(self.rows) * self.of.inputs
         if self.rows:
-            pieces.append(contract(_pick(g, self.rows), x))
-        if self.other_rows:
-            columns = contract(g, _pick([x], self.columns)[0])
+            by_row = out[:, :cut].view(len(g), len(self.rows), self.of.inputs)
+            chosen = _pick(g, self._row_places).transpose(1, 2)
+            _add_product(chosen, kept[0], by_row, first)
+        if self.columns:
+            # Dropping rows of the small product, not of all gradients.
+            columns = torch.bmm(g.transpose(1, 2), kept[1])
             if self.rows:
-                # Dropping rows of the small product, not of all gradients.
-                by_row = columns.unflatten(2, (self.of.outputs, -1))
-                kept = torch.tensor(self.other_rows, device=x.device)
-                columns = by_row.index_select(2, kept).flatten(2)
-            pieces.append(columns)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+                others = torch.tensor(self.other_rows, device=g.device)
+                columns = columns.index_select(1, others)
+            part = out[:, cut:].view(columns.shape)
+            if first:
+                part.copy_(columns)
+            else:
+                part += columns
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
@@ -177,24 +198,6 @@ class LowRank:
         factor = 3 * self.of.inputs / (self.rank * self.scaling**2)
         return torch.full((1,), factor, dtype=torch.float64)
 
-    def features(self, g: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Return the features of a weight's gradient given in factors.
-
-        Args:
-            g: For each of c outputs, ``(n, t, outputs)`` gradients with respect to the
-                layer's output.
-            x: ``(n, t, inputs)`` the layer's input.
-
-        Returns:
-            ``(c, n, size)``.
-        """
-        return project(g, x, self.scaling * self.down)
-
-    def of_gradient(self, gradient: Tensor) -> Tensor:
-        """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
-        down = self.scaling * self.down.to(gradient)
-        return (down @ gradient.transpose(2, 3)).flatten(2)
-
     def shift(self, weight: Tensor, delta: Tensor) -> Tensor:
         """Return the parameter moved by ``delta``, ``(size,)``."""
         up = delta.view(self.rank, self.of.outputs).T
@@ -203,102 +206,99 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """LoRA pairs of one weight side by side: their features, one after the other.
+class InputSide:
+    """Columns and LoRA pairs of one weight side by side: what reads x by few features.
+
+    Its features are q by outputs: those of the columns, then those of every pair.
 
     Attributes:
-        members: The pairs.
+        of: The weight.
+        columns: Selected input features.
+        pairs: LoRA pairs.
     """
 
-    members: tuple[LowRank, ...]
+    of: LinearWeight
+    columns: tuple[int, ...]
+    pairs: tuple[LowRank, ...]
 
-    @property
-    def of(self) -> LinearWeight:
-        """The weight."""
-        return self.members[0].of
+    @cached_property
+    def _column_places(self) -> slice | Tensor:
+        return _places(self.columns)
+
+    @cached_property
+    def down(self) -> Tensor:
+        """Every pair's scaled A, ``(sum of ranks, inputs)`` in float64."""
+        return torch.cat([each.scaling * each.down for each in self.pairs])
+
+    @cached_property
+    def places(self) -> tuple[slice, ...]:
+        """Where among the q features each pair's are."""
+        ends = [len(self.columns)]
+        for each in self.pairs:
+            ends.append(ends[-1] + each.rank)
+        return tuple(slice(a, b) for a, b in pairwise(ends))
 
     def size(self, shape: Sequence[int]) -> int:
         """Return the number of coordinates."""
-        return sum(each.size(shape) for each in self.members)
+        ranks = sum(each.rank for each in self.pairs)
+        return self.of.outputs * (len(self.columns) + ranks)
 
     def weights(self) -> Tensor | None:
-        """Return the weight of each coordinate in the kernel, None for one."""
-        if not any(each.rescale for each in self.members):
-            return None
-        one = torch.ones(1, dtype=torch.float64)
-        return torch.cat(
-            [
-                (one if (own := each.weights()) is None else own).expand(each.size(()))
-                for each in self.members
-            ]
-        )
+        """Return None: the columns and pairs have weights of their own."""
+        return None
 
-    def features(self, g: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Return the features ``(c, n, size)``, see `LowRank.features`."""
-        down = torch.cat([each.scaling * each.down for each in self.members])
-        return project(g, x, down)
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return the q features ``(n, t, q)`` of the input ``(n, t, inputs)``."""
+        parts = [_pick(x, self._column_places)] if self.columns else []
+        if self.pairs:
+            parts.append(x @ self.down.to(x).T)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def add(self, g: Tensor, kept: Tensor, out: Tensor, *, first: bool) -> None:
+        """Add the features of one output to ``out`` ``(n, size)``, see `Slices.add`."""
+        by_feature = out.view(len(g), -1, self.of.outputs)
+        _add_product(kept.transpose(1, 2), g, by_feature, first)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
-        return torch.cat([each.of_gradient(gradient) for each in self.members], dim=2)
+        turned = gradient.transpose(2, 3)
+        parts = [turned[:, :, list(self.columns)]] if self.columns else []
+        if self.pairs:
+            parts.append(self.down.to(gradient) @ turned)
+        return torch.cat(parts, dim=2).flatten(2)
 
     def shift(self, weight: Tensor, delta: Tensor) -> Tensor:
         """Return the parameter moved by ``delta``, ``(size,)``."""
-        sizes = [each.size(weight.shape) for each in self.members]
-        for each, own in zip(self.members, delta.split(sizes), strict=True):
-            weight = each.shift(weight, own)
-        return weight
+        moved, by_feature = oriented(weight, self.of), delta.view(-1, self.of.outputs)
+        cut = len(self.columns)
+        if self.columns:
+            columns = torch.tensor(self.columns, device=weight.device)
+            moved = moved.index_add(1, columns, by_feature[:cut].T)
+        if self.pairs:
+            moved = moved + by_feature[cut:].T @ self.down.to(delta)
+        return oriented(moved, self.of)
 
-    def split(self, features: Tensor) -> list[Tensor]:
-        """Return the members' features."""
-        return list(features.split([each.size(()) for each in self.members], dim=2))
 
-
-Map = Whole | Slices | LowRank | Stack
+Map = Whole | Slices | LowRank | InputSide
 Maps = dict[str, tuple[Map, ...]]
 
 
-def contract(g: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Return ``sum_t g[c][n, t] x[n, t]^T`` for every output c and example n.
-
-    Args:
-        g: For each of c outputs, ``(n, t, o)``.
-        x: ``(n, t, i)``.
-
-    Returns:
-        ``(c, n, o * i)``.
-    """
-    n, _, i = x.shape
-    products = x.new_empty(len(g), n, g[0].shape[2], i)
-    for k, each in enumerate(g):
-        torch.bmm(each.transpose(1, 2), x, out=products[k])
-    return products.flatten(2)
+def _add_product(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
+    """Write ``a @ b`` of every example to ``out``, or add it."""
+    torch.baddbmm(out, a, b, beta=0 if first else 1, out=out)
 
 
-def project(g: Sequence[Tensor], x: Tensor, down: Tensor) -> Tensor:
-    """Return ``sum_t (down x[n, t]) g[c][n, t]^T``, the features of LoRA's B.
-
-    Args:
-        g: For each of c outputs, ``(n, t, o)``.
-        x: ``(n, t, i)``.
-        down: ``(r, i)``.
-
-    Returns:
-        ``(c, n, r * o)``.
-    """
-    low = (x @ down.to(x).T).transpose(1, 2)
-    products = x.new_empty(len(g), len(x), len(down), g[0].shape[2])
-    for k, each in enumerate(g):
-        torch.bmm(low, each, out=products[k])
-    return products.flatten(2)
+def _pick(values: Tensor, chosen: slice | Tensor) -> Tensor:
+    """Return some features of the last axis; a run of them without a copy."""
+    if isinstance(chosen, slice):
+        return values[..., chosen]
+    return values.index_select(-1, chosen.to(values.device))
 
 
-def _pick(values: Sequence[Tensor], indices: tuple[int, ...]) -> list[Tensor]:
-    """Return some features of each tensor; a run of them without a copy."""
-    if indices[-1] - indices[0] == len(indices) - 1:
-        return [v[..., indices[0] : indices[-1] + 1] for v in values]
-    chosen = torch.tensor(indices, device=values[0].device)
-    return [v.index_select(-1, chosen) for v in values]
+def _places(indices: tuple[int, ...]) -> slice | Tensor:
+    if indices and indices[-1] - indices[0] == len(indices) - 1:
+        return slice(indices[0], indices[-1] + 1)
+    return torch.tensor(indices, dtype=torch.long)
 
 
 def oriented(weight: Tensor, of: LinearWeight) -> Tensor:

@@ -63,13 +63,15 @@ class Positions:
                 held = (largest != 0).any(dim=0)
                 held[max(0, first - n) :] = False
                 places = held.flatten().nonzero()[:, 0]
-                pick = lambda v, at=places: v.flatten(0, 1).index_select(0, at)
-                each = [pick(g) for g in factor.g]
-                xs.append(pick(factor.x))
-                gs.append(torch.stack(each) if coupled else torch.cat(each, 1)[None])
+                xs.append(factor.x.flatten(0, 1).index_select(0, places))
+                gs.append(_picked(factor.g, places, coupled=coupled))
                 owners.append(places // held.shape[1] + n)
             n += count
-        x, g, owner = (torch.cat(v, dim) for v, dim in ((xs, 0), (gs, 1), (owners, 0)))
+        x, g, owner = (
+            _side_by_side(xs, 0),
+            _side_by_side(gs, 1),
+            _side_by_side(owners, 0),
+        )
         if len(owners) > len(uses):
             order = owner.argsort(stable=True)
             x, g, owner = x[order], g[:, order], owner[order]
@@ -136,6 +138,22 @@ def position_gram(
         mirrored = total.permute(2, 3, 0, 1)
         total = torch.where(above[:, None, :], mirrored, total)
     return total.reshape(c * n, c * m)
+
+
+def _picked(g: Sequence[Tensor], places: Tensor, *, coupled: bool) -> Tensor:
+    """Return some positions of each output's ``(n, t, d)``, see `Positions.of`."""
+    if not coupled:
+        flat = [each.flatten(0, 1).index_select(0, places) for each in g]
+        return torch.cat(flat, dim=1)[None]
+    chosen = g[0].new_empty(len(g), len(places), g[0].shape[2])
+    for each, out in zip(g, chosen, strict=True):
+        torch.index_select(each.flatten(0, 1), 0, places, out=out)
+    return chosen
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Join parts; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _panel(

@@ -5,14 +5,13 @@ A rule looks at a call in which a parameter enters and at its output, and return
 has no rule leaves its parameters to the definition.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import InitVar, dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from ntk.factors import Factor, Matrix, Table, Vector
 
@@ -44,25 +43,23 @@ class Use:
 
     Attributes:
         name: The parameter.
-        output: The tensor whose gradients complete the factor.
-        factor: From those gradients, one for each output of the model, to the factor.
+        output: The tensor whose gradient completes the factor; not kept, because it
+            holds the hook that leads here.
+        factor: From the gradient of one output of the model to that output's factor.
         inputs: What the factor keeps of the call; None if nothing.
         layout: How the examples lie in the output.
         routed: Whether positions had been picked by then.
     """
 
     name: str
-    output: Tensor
-    factor: Callable[[Sequence[Tensor]], Factor]
+    output: InitVar[Tensor]
+    factor: Callable[[Tensor], Factor]
     inputs: Tensor | None = None
     layout: str = ""
     routed: bool = False
 
-    def __post_init__(self) -> None:
-        # The gradient before any later change in place, as the parameter had it.
-        self.edge = get_gradient_edge(self.output)
-        self.shape, self.dtype = self.output.shape, self.output.dtype
-        self.device = self.output.device
+    def __post_init__(self, output: Tensor) -> None:
+        self.shape, self.dtype, self.device = output.shape, output.dtype, output.device
         self.version = 0 if self.inputs is None else self.inputs._version
 
     def zero(self) -> Tensor:
@@ -146,9 +143,9 @@ def _matrix(observer: Observer, call: Call, output: Tensor, alias: Alias) -> Use
     if alias.rows is not None and output_dim != 0:
         raise NotByExampleError("only some of its columns are used")
 
-    def factor(gradients: Sequence[Tensor]) -> Matrix:
-        g = tuple(_positions(observer.by_example(h)) for h in gradients)
-        return Matrix(x, g, output_dim, alias.rows)
+    def factor(gradient: Tensor) -> Matrix:
+        g = _positions(observer.by_example(gradient))
+        return Matrix(x, (g,), output_dim, alias.rows)
 
     observer.by_example(output.detach())
     return Use(alias.name, output, factor, call["input"].detach())
@@ -186,11 +183,8 @@ def _vector(
         whole.index_add_(1, alias.rows, total.view(len(total), len(alias.rows), -1))
         return whole.flatten(1)
 
-    def complete_vector(gradients: Sequence[Tensor]) -> Vector:
-        return Vector(torch.stack([reduced(h) for h in gradients]))
-
     kept = factor if factor is not None and factor.ndim else None
-    return Use(alias.name, output, complete_vector, kept)
+    return Use(alias.name, output, lambda h: Vector(reduced(h)[None]), kept)
 
 
 def _linear(observer: Observer, call: Call, output: Tensor) -> list[Use]:
@@ -228,12 +222,12 @@ def _embedding(observer: Observer, call: Call, output: Tensor) -> list[Use]:
     if padding is not None and padding < 0:
         padding += alias.shape[0]
 
-    def factor(gradients: Sequence[Tensor]) -> Table:
-        g = [_positions(observer.by_example(h)) for h in gradients]
+    def factor(gradient: Tensor) -> Table:
+        g = _positions(observer.by_example(gradient))
         if padding is not None:
             # Autograd gives the padding row no gradient.
-            g = [h.masked_fill((tokens == padding)[..., None], 0) for h in g]
-        return Table(tokens, tuple(g))
+            g = g.masked_fill((tokens == padding)[..., None], 0)
+        return Table(tokens, (g,))
 
     observer.by_example(output.detach())
     return [Use(alias.name, output, factor, tokens)]
@@ -293,11 +287,9 @@ def _conv(observer: Observer, call: Call, output: Tensor) -> list[Use]:
             raise NotByExampleError("only a part of the filter is used")
         x = _positions(observer.by_example(_patches(call)))
 
-        def factor(gradients: Sequence[Tensor]) -> Matrix:
-            g = tuple(
-                observer.by_example(h.flatten(2).transpose(1, 2)) for h in gradients
-            )
-            return Matrix(x, tuple(_positions(h) for h in g))
+        def factor(gradient: Tensor) -> Matrix:
+            g = observer.by_example(gradient.flatten(2).transpose(1, 2))
+            return Matrix(x, (_positions(g),))
 
         observer.by_example(output.detach())
         uses.append(Use(alias.name, output, factor))

@@ -5,10 +5,11 @@ heads; models store weights in two orientations, fuse query, key and value in se
 layouts and name everything differently. This file is the only one that knows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class LinearWeight:
     outputs: int
     inputs: int
     output_dim: int
-    parts: tuple[tuple[int, ...], ...]
+    parts: tuple[tuple[int, ...] | range, ...]
 
 
 class Architecture:
@@ -201,9 +202,9 @@ def _fused_parts(
     module: nn.Module,
     config: Any,
     outputs: int,
-) -> tuple[tuple[int, ...], ...]:
+) -> tuple[tuple[int, ...] | range, ...]:
     """Return the output features of query, key and value, or one part for all."""
-    whole = (tuple(range(outputs)),)
+    whole = (range(outputs),)
     # peft wraps a layer and keeps the original as its base_layer.
     name = path.removesuffix(".base_layer").rsplit(".", 1)[-1]
     kind = getattr(config, "model_type", "")
@@ -265,11 +266,6 @@ def _interleaved(
     )
 
 
-def _consecutive(sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    def ranges() -> Iterator[tuple[int, ...]]:
-        start = 0
-        for size in sizes:
-            yield tuple(range(start, start + size))
-            start += size
-
-    return tuple(ranges())
+def _consecutive(sizes: Sequence[int]) -> tuple[range, ...]:
+    ends = [0, *accumulate(sizes)]
+    return tuple(range(a, b) for a, b in pairwise(ends))

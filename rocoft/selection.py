@@ -72,7 +72,9 @@ def select(
             f"Choose a number from 1 to {available}."
         )
     scores = _scores(values, axis, strategy, statistics, weight.name)
-    generator = torch.Generator().manual_seed(seed + zlib.crc32(weight.name.encode()))
+    generator = torch.Generator()
+    if strategy == "random":
+        generator.manual_seed(seed + zlib.crc32(weight.name.encode()))
     chosen: list[int] = []
     for part in parts:
         order = _order(part, scores, strategy, count, generator)

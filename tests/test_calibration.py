@@ -174,6 +174,38 @@ def test_other_parts_of_a_sum_are_untouched(bert):
         assert maps[0].columns == fixed.indices[name]
 
 
+class Sometimes(nn.Module):
+    """Two layers; the second sees only the examples that are marked, in one row."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        marked = (x[:, 0] > 0).nonzero()[:, 0]
+        if len(marked):
+            h = h.index_add(0, marked, torch.tanh(self.second(h[marked])))
+        return self.head(h)
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "activation"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_layers_that_the_first_batch_does_not_use(size, strategy):
+    torch.manual_seed(0)
+    model, x = Sometimes().double(), torch.randn(4, 4, dtype=torch.float64)
+    x[:, 0] = torch.tensor([-1.0, -2.0, 3.0, -1.0])
+    space = Rows(2, strategy=strategy).at("second")
+    found = calibrate(space, model, x, batch_size=size).indices["second.weight"]
+    seen = torch.tanh(model.first(x[2])).detach()
+    if strategy == "activation":
+        scores = model.second.weight.detach().abs() * seen.abs()
+    else:
+        scores = energies(model, x)["second.weight"]
+    assert found == best(scores.sum(1), [range(4)], 2)
+
+
 def test_the_model_is_left_as_it_was():
     family = BY_NAME["bert"]
     model = family.build().train()

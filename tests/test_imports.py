@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROCOFT = """
-architecture selection tasks readouts backbone config layer model trainer train
+architecture selection tasks readouts backbone config functional slices layer model
+export metrics meter methods search trainer language sft options results train
 """
 NTK = """
 function maps spaces notation factors positions contraction rules capture coverage
-jacobian engine kernel calibration certificate storage spectrum distance classifiers
+passes jacobian features jobs engine kernel calibration certificate storage spectrum distance classifiers
 linearize evaluation plots report options compare
 """
 ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}

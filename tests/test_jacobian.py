@@ -13,7 +13,7 @@ from ntk.contraction import Contraction
 from ntk.function import NetworkFunction, to_batches
 from ntk.jacobian import jacobian, products_kernel
 from ntk.kernel import empirical_ntk
-from ntk.maps import Slices
+from ntk.maps import InputSide, Slices
 from ntk.spaces import Columns, Full, LoRA, Rows
 from rocoft.architecture import Architecture
 
@@ -101,10 +101,14 @@ def test_a_shift_moves_the_outputs_along_the_jacobian():
     x = torch.randn(5, 4, dtype=torch.float64)
     model = linear(4, 3)
     of = Architecture(model).linear_weights["weight"]
+    pairs = tuple(
+        LoRA(rank, alpha=3).at("weight").maps(model)["weight"][0] for rank in (2, 1)
+    )
     for map_ in (
         Slices(of, (0, 2), (1,)),
         Slices(of, (), (0, 3)),
-        LoRA(2, alpha=3).at("weight").maps(model)["weight"][0],
+        InputSide(of, (), pairs[:1]),
+        InputSide(of, (3, 0), pairs),
     ):
         delta = torch.randn(map_.size(model.weight.shape), dtype=x.dtype)
         moved = map_.shift(model.weight.detach(), delta)

@@ -1,0 +1,175 @@
+"""What the passes over one side leave: features of maps, factors of whole weights.
+
+Gradients arrive weight by weight from the last layer to the first, one output of the
+model after another. A map's features are made of each at once; only the factors of
+parameters that are wanted whole are kept.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ntk.factors import Factor, Matrix, Vector, dense, joined
+from ntk.jacobian import Key
+from ntk.maps import InputSide, Map, Slices, Whole
+from ntk.rules import Use
+
+Stored = Tensor | list[list[Factor]]
+"""Features ``(c, n, p)``, or the factors of every batch."""
+
+
+Ready = Callable[[Key, Stored], None]
+"""Called with what is complete of one parameter and map."""
+
+
+class Features:
+    """Collects what gradients leave, batch after batch.
+
+    Args:
+        wanted: For each parameter the maps that are stored.
+        parameters: Tensors of the shape, dtype and device of the gradients.
+        n: Number of examples of all batches.
+        store: Where what was collected goes in the end.
+        ready: Called as soon as a parameter's gradients have all arrived, which hands
+            what they left over instead of keeping it. Only if there is one batch.
+    """
+
+    def __init__(
+        self,
+        wanted: Mapping[str, Sequence[Map]],
+        parameters: Mapping[str, Tensor],
+        n: int,
+        store: dict[Key, Stored],
+        ready: Ready | None = None,
+    ) -> None:
+        self.wanted = wanted
+        self.parameters = parameters
+        self.n = n
+        self.store = store
+        self.ready = ready
+        self.features: dict[Key, Tensor] = {}
+        self.factors: dict[Key, list[list[Factor]]] = {}
+        self._place = slice(0, 0)
+        self._outputs = 0
+        self._uses: dict[str, list[Use]] = {}
+        self._missing: dict[str, int] = {}
+        self._whole: dict[int, list[Factor]] = {}
+        self._kept: dict[tuple[int, Map], tuple[Tensor, ...] | Tensor] = {}
+        self._written: set[tuple[Key, int]] = set()
+
+    def begin(
+        self, uses: Sequence[Use], examples: int, outputs: int, without: Collection[str]
+    ) -> None:
+        """Expect the next examples.
+
+        Args:
+            uses: All uses whose gradients will arrive.
+            examples: How many examples follow.
+            outputs: Of the model.
+            without: Parameters that are not collected after all.
+        """
+        self._place = slice(self._place.stop, self._place.stop + examples)
+        self._outputs = outputs
+        self._uses = {name: [] for name in self.wanted if name not in without}
+        for use in uses:
+            if use.name in self._uses:
+                self._uses[use.name].append(use)
+        self._missing = {n: len(own) * outputs for n, own in self._uses.items()}
+
+    def receive(self, use: Use, k: int, factor: Factor) -> None:
+        """Take what output k leaves of one use."""
+        name = use.name
+        if name not in self._uses:
+            return
+        for each in self.wanted[name]:
+            if isinstance(each, Whole):
+                self._whole.setdefault(id(use), []).append(factor)
+            else:
+                assert isinstance(each, Slices | InputSide)
+                self._add(use, each, k, factor)
+        self._missing[name] -= 1
+        if not self._missing[name] and self.ready is not None:
+            self._close(name)
+
+    def end(self) -> None:
+        """Close the batch: what has not arrived does not depend on the parameter."""
+        for name in list(self._uses):
+            self._close(name)
+        self._written = set()
+
+    def finish(self, without: Collection[str]) -> None:
+        """Store what was collected, some parameters left out."""
+        found: dict[Key, Stored] = {key: self._small(key) for key in self.factors}
+        found.update(self.features)
+        self.store.update({k: v for k, v in found.items() if k[0] not in without})
+
+    def _close(self, name: str) -> None:
+        """End the batch for one parameter."""
+        uses = self._uses.pop(name)
+        for each in self.wanted[name]:
+            key = (name, each)
+            if isinstance(each, Whole):
+                arrived = [joined(self._whole.pop(id(use))) for use in uses]
+                whole = self.factors.setdefault(key, [])
+                whole.append(arrived or [self._nothing(name)])
+            else:
+                for k in range(self._outputs):
+                    if (key, k) not in self._written:
+                        self._room(key)[k, self._place] = 0
+                for use in uses:
+                    self._kept.pop((id(use), each), None)
+            if self.ready is not None:
+                if isinstance(each, Whole):
+                    self.ready(key, self._small(key))
+                    del self.factors[key]
+                else:
+                    self.ready(key, self.features.pop(key))
+
+    def _add(self, use: Use, each: Slices | InputSide, k: int, factor: Factor) -> None:
+        key, shape = (use.name, each), self.parameters[use.name].shape
+        first = (key, k) not in self._written
+        self._written.add((key, k))
+        if (
+            isinstance(factor, Matrix)
+            and factor.rows is None
+            and factor.output_dim == each.of.output_dim
+        ):
+            (g,) = factor.g
+            out = self._room(key)[k, self._place]
+            if (kept := self._kept.get((id(use), each))) is None:
+                kept = self._kept[id(use), each] = each.prepare(factor.x)
+            each.add(g, kept, out, first=first)  # type: ignore[arg-type]
+            return
+        # Used otherwise than as the layer that owns it uses it.
+        gradient = dense([factor], shape).unflatten(2, shape)
+        turned = gradient if each.of.output_dim == 0 else gradient.transpose(2, 3)
+        out = self._room(key)[k, self._place]
+        if first:
+            out.copy_(each.of_gradient(turned)[0])
+        else:
+            out += each.of_gradient(turned)[0]
+
+    def _room(self, key: Key) -> Tensor:
+        """Return the features of a map, made when first asked for."""
+        if key not in self.features:
+            like = self.parameters[key[0]]
+            size = key[1].size(like.shape)
+            self.features[key] = like.new_empty(self._outputs, self.n, size)
+        return self.features[key]
+
+    def _nothing(self, name: str) -> Factor:
+        """Return the factor of a parameter that a batch did not use."""
+        like, c = self.parameters[name], self._outputs
+        shape, n = like.shape, self._place.stop - self._place.start
+        if len(shape) < 2:
+            return Vector(like.new_zeros(c, n, shape.numel()))
+        g = tuple(like.new_zeros(n, 0, shape[0]) for _ in range(c))
+        return Matrix(like.new_zeros(n, 0, shape.numel() // shape[0]), g)
+
+    def _small(self, key: Key) -> Stored:
+        """Turn factors that are gradients themselves into features."""
+        uses, shape = self.factors[key], self.parameters[key[0]].shape
+        if all(isinstance(factor, Vector) for batch in uses for factor in batch):
+            return torch.cat([dense(batch, shape) for batch in uses], dim=1)
+        return uses

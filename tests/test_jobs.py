@@ -1,0 +1,97 @@
+"""Spaces that share a weight's contraction against each of them computed alone."""
+
+import pytest
+import torch
+from cases import BY_NAME
+from dense import assert_close
+
+from ntk.jobs import jobs
+from ntk.kernel import KINDS, compute
+from ntk.maps import InputSide
+from ntk.spaces import Columns, Full, LoRA, Rows
+
+SPACES = {
+    "full": Full(),
+    "rows": Rows(2),
+    "other rows": Rows(3, strategy="random"),
+    "rescaled rows": Rows(2, strategy="last", rescale=True),
+    "columns": Columns(2),
+    "other columns": Columns(3, strategy="random", seed=1),
+    "rescaled columns": Columns(1, strategy="last", rescale=True),
+    "both": Rows(2) + Columns(2),
+    "both, elsewhere": Rows(1, strategy="last") + Columns(3, strategy="random"),
+    "both, rescaled": Rows(2, rescale=True) + Columns(1, rescale=True),
+    "pairs": LoRA(2),
+    "other pairs": LoRA(3, seed=5, alpha=2),
+    "rows and pairs": Rows(1) + LoRA(2),
+}
+FAMILIES = ["bert", "gpt2", "bloom", "albert"]
+
+
+@pytest.mark.parametrize("reduce", ["full", "trace"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spaces_together_equal_each_alone(family, kind, reduce):
+    model, inputs = BY_NAME[family].build(), BY_NAME[family].inputs()
+    options = {"kind": kind, "reduce": reduce}
+    found = compute(model, inputs, spaces=SPACES, **options)
+    for name, space in SPACES.items():
+        if (kind, name) == ("signgd", "full"):
+            continue  # A key's bias has a gradient of rounding alone: no sign.
+        alone = compute(
+            model, inputs, spaces={name: space}, implementation="jacobian", **options
+        )
+        assert_close(found.kernels[name], alone.kernels[name], of=name)
+        for parameter, trace in alone.traces[name].items():
+            assert found.traces[name][parameter] == pytest.approx(trace, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_several_batches_equal_one(size):
+    model, inputs = BY_NAME["bert"].build(), BY_NAME["bert"].inputs()
+    whole = compute(model, inputs, spaces=SPACES)
+    parts = compute(model, inputs, spaces=SPACES, batch_size=size)
+    for name in SPACES:
+        assert_close(parts.kernels[name], whole.kernels[name], of=name)
+
+
+def test_two_sides_equal_slices_of_one():
+    model, inputs = BY_NAME["bert"].build(), BY_NAME["bert"].inputs()
+    few = {key: value[1:] for key, value in inputs.items()}
+    whole = compute(model, inputs, spaces=SPACES)
+    sides = compute(model, inputs, few, spaces=SPACES)
+    for name in SPACES:
+        assert_close(sides.kernels[name], whole.kernels[name][:, 1:], of=name)
+
+
+def test_what_reads_the_input_of_a_weight_is_one_job():
+    model = BY_NAME["bert"].build()
+    chosen = ("columns", "other columns", "pairs", "other pairs")
+    maps = {name: SPACES[name].maps(model) for name in chosen}
+    found = jobs(maps)
+    assert len(found) == len(maps["columns"])
+    for job in found:
+        assert isinstance(job.stored, InputSide)
+        assert len(job.stored.pairs) == 2
+        assert len(job.members) == 4
+
+
+def test_features_of_the_input_side_are_those_of_its_parts():
+    of = next(iter(Columns(1).maps(BY_NAME["bert"].build()).values()))[0].of
+    pairs = tuple(
+        LoRA(r, seed=r, alpha=3).maps(BY_NAME["bert"].build())[of.name][0]
+        for r in (2, 1)
+    )
+    stored = InputSide(of, (0, 3), pairs)
+    g = torch.randn(2, 5, of.outputs, dtype=torch.float64)
+    x = torch.randn(2, 5, of.inputs, dtype=torch.float64)
+    out = torch.empty(2, stored.size(()), dtype=torch.float64)
+    stored.add(g, stored.prepare(x), out, first=True)
+    whole = torch.einsum("nto,nti->noi", g, x)
+    parts = [whole[:, :, 0], whole[:, :, 3]]
+    for pair in pairs:
+        low = torch.einsum("noi,ri->nro", whole, pair.scaling * pair.down)
+        parts += low.unbind(1)
+    assert_close(out, torch.cat(parts, dim=1))
+    stored.add(g, stored.prepare(x), out, first=False)
+    assert_close(out, 2 * torch.cat(parts, dim=1))
