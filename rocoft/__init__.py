@@ -2,6 +2,10 @@
 
 from rocoft.architecture import SelectionError
 from rocoft.backbone import Backbone, load_backbone
+from rocoft.config import RoCoFTConfig
+from rocoft.export import export_lora
+from rocoft.model import RoCoFTModel, calibrated
+from rocoft.slices import parameter_count
 from rocoft.tasks import few_shot, load_file, load_task
 
 __all__ = [
@@ -14,4 +18,10 @@ __all__ = [
     # models
     "Backbone",
     "load_backbone",
+    # row/column fine-tuning as a method of peft
+    "RoCoFTConfig",
+    "RoCoFTModel",
+    "calibrated",
+    "export_lora",
+    "parameter_count",
 ]

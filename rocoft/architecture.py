@@ -71,7 +71,7 @@ class Architecture:
                 continue
             name = names[id(weight)]
             outputs, inputs = weight.shape[output_dim], weight.shape[1 - output_dim]
-            parts = _fused_parts(path, module, config, outputs)
+            parts = fused_parts(path, module, config, outputs)
             found[name] = LinearWeight(name, path, outputs, inputs, output_dim, parts)
         return {name: found[name] for name in self.parameters if name in found}
 
@@ -197,7 +197,7 @@ def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _fused_parts(
+def fused_parts(
     path: str,
     module: nn.Module,
     config: Any,

@@ -1,0 +1,221 @@
+"""A linear map whose chosen rows and columns train, as one autograd function.
+
+The output is ``y = x (W + D)^T + b`` with a difference ``D`` that is zero outside the
+rows R and the columns C. Backward costs the input gradient and the slices
+``dD[R] = g[:, R]^T x`` and ``dD[:, C] = g^T x[:, C]``; the gradient of W is never
+formed. Kept for it are W by reference and, for rows, x by reference, for columns only
+``x[:, C]``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Index:
+    """Distinct features of one side of a weight.
+
+    Attributes:
+        values: ``(k,)``, in ascending order.
+        start: The first of them, if they are consecutive and that is known.
+        count: ``k`` in that case, else 0.
+    """
+
+    values: Tensor
+    start: int = 0
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The difference D of one weight.
+
+    Attributes:
+        rows: ``(k, d_in)``, the rows `row_index` of D.
+        row_index: Which they are.
+        columns: ``(d_out, k)``, the columns `column_index` of D; zero where a row of
+            `rows` crosses them.
+        column_index: Which they are.
+    """
+
+    rows: Tensor | None = None
+    row_index: Index | None = None
+    columns: Tensor | None = None
+    column_index: Index | None = None
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return a linear map's output with ``x D^T`` added, however it was computed.
+
+        Args:
+            y: ``(..., d_out)``, the output.
+            x: ``(..., d_in)``, the input.
+
+        Returns:
+            ``(..., d_out)``, in the type of `y`.
+        """
+        if self.rows is not None and self.row_index is not None:
+            added = F.linear(x, self.rows.to(x.dtype)).to(y.dtype)
+            y = y.index_add(-1, self.row_index.values, added)
+        if self.columns is not None and self.column_index is not None:
+            taken = _take(x, *_parts(self.column_index))
+            y = y + F.linear(taken, self.columns.to(x.dtype)).to(y.dtype)
+        return y
+
+
+def linear_with_slices(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slices: Slices,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Return a linear map with slices added; autocast applies as to `F.linear`.
+
+    Args:
+        x: ``(..., d_in)``.
+        weight: ``(d_out, d_in)``, frozen.
+        bias: ``(d_out,)``.
+        slices: The difference to the weight.
+        transposed: Whether the weight is stored as ``(d_in, d_out)``.
+
+    Returns:
+        ``(..., d_out)``.
+    """
+    if torch._C._are_functorch_transforms_active():
+        # vmap and forward mode take any mixture of arguments only as plain operations.
+        return slices.added_to(
+            F.linear(x, weight.t() if transposed else weight, bias), x
+        )
+    row_index, column_index = slices.row_index, slices.column_index
+    y, _ = _LinearWithSlices.apply(
+        *(x, weight, bias),
+        *(slices.rows, *(_UNUSED if row_index is None else _parts(row_index))),
+        *(slices.columns, *(_UNUSED if column_index is None else _parts(column_index))),
+        transposed,
+    )
+    return y
+
+
+class _LinearWithSlices(torch.autograd.Function):
+    """`linear_with_slices`, and ``x[..., C]``, with the parts of each `Index`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        row_values: Tensor | None,
+        row_start: int,
+        row_count: int,
+        columns: Tensor | None,
+        column_values: Tensor | None,
+        column_start: int,
+        column_count: int,
+        transposed: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = _compute_dtype(x)
+        wide, matrix = x.to(dtype), weight.to(dtype)
+        taken = None
+        if columns is not None:
+            # A view would keep all of x alive for backward.
+            part = _take(x, column_values, column_start, column_count)
+            taken = part.to(dtype, copy=column_count > 0)
+        y = F.linear(
+            wide,
+            matrix.t() if transposed else matrix,
+            None if bias is None else bias.to(dtype),
+        )
+        if rows is not None:
+            added = F.linear(wide, rows.to(dtype))
+            _add(y, added, row_values, row_start, row_count)
+        if columns is not None and taken is not None:
+            # One pass over y for the product and the sum.
+            y.view(-1, y.shape[-1]).addmm_(_flat(taken), columns.to(dtype).t())
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs[3] else None,
+            weight if needs[0] else None,
+            *(rows, row_values, columns, column_values),
+            # As an output, so that second derivatives know that it depends on x.
+            taken if needs[7] else None,
+        )
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, rows, columns)]
+        ctx.row_span = (row_start, row_count)
+        ctx.column_span = (column_start, column_count)
+        ctx.transposed = transposed
+        return y, taken
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor, dtaken: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, rows, row_values, columns, column_values, taken = ctx.saved_tensors
+        x_dtype, bias_dtype, rows_dtype, columns_dtype = ctx.dtypes
+        needs_x, _, needs_bias, needs_rows = ctx.needs_input_grad[:4]
+        dtype = dy.dtype
+        flat = _flat(dy)
+        dx = dbias = drows = dcolumns = picked = None
+        if rows is not None and (needs_x or needs_rows):
+            picked = _take(flat, row_values, *ctx.row_span)
+        if needs_x:
+            weight = weight.to(dtype)
+            dx = flat @ (weight.t() if ctx.transposed else weight)
+            if picked is not None:
+                dx.addmm_(picked, rows.to(dtype))
+            if columns is not None:
+                assert dtaken is not None
+                added = flat @ columns.to(dtype) + _flat(dtaken)
+                _add(dx, added, column_values, *ctx.column_span)
+            dx = dx.view(*dy.shape[:-1], dx.shape[-1]).to(x_dtype)
+        if needs_bias:
+            dbias = flat.sum(dim=0).to(bias_dtype)
+        if needs_rows:
+            assert picked is not None
+            drows = (picked.t() @ _flat(x).to(dtype)).to(rows_dtype)
+        if taken is not None:
+            dcolumns = (flat.t() @ _flat(taken)).to(columns_dtype)
+        indexed = (drows, None, None, None, dcolumns, None, None, None)
+        return dx, None, dbias, *indexed, None
+
+
+_UNUSED = (None, 0, 0)
+
+
+def _parts(index: Index) -> tuple[Tensor, int, int]:
+    return index.values, index.start, index.count
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which `F.linear` would compute."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _take(x: Tensor, values: Tensor | None, start: int, count: int) -> Tensor:
+    """Return some features of ``(..., d)``, a view if they are known consecutive."""
+    if values is None or count:
+        return x.narrow(-1, start, count)
+    return x.index_select(-1, values)
+
+
+def _add(
+    x: Tensor, added: Tensor, values: Tensor | None, start: int, count: int
+) -> None:
+    """Add to some features of ``(..., d)``, in place."""
+    if values is None or count:
+        x.narrow(-1, start, count).add_(added)
+    else:
+        x.index_add_(-1, values, added)
