@@ -190,8 +190,8 @@ def load_backbone(
     path, name = (
         (str(embedded_folder()), EMBEDDED_NAME) if model is None else (model,) * 2
     )
-    config = _load(AutoConfig, path, name)
-    tokenizer = _load(AutoTokenizer, path, name)
+    config = load_pretrained(AutoConfig, path, name)
+    tokenizer = load_pretrained(AutoTokenizer, path, name)
     prompt = split.task.prompt
     readout = readout or _natural_readout(config, prompt)
     if readout != "head" and prompt is None:
@@ -213,8 +213,8 @@ def load_backbone(
             module, fresh = _with_head(path, name, len(split.task.labels), dtype)
     finally:
         torch.set_rng_state(torch_state)
-    _pad_with_something(tokenizer, module)
-    limit = _length_limit(config, tokenizer)
+    allow_padding(tokenizer, module)
+    limit = length_limit(config, tokenizer)
     _check_device(device)
     backbone = Backbone(
         *(name, module.to(device).eval(), tokenizer, readout, bool(fresh)),
@@ -233,7 +233,7 @@ def load_backbone(
     elif fresh:
         backbone.notes.append(f"new head: {', '.join(fresh)} ({head})")
         if head == "probe":
-            _fit_probe(backbone, split)
+            fit_probe(backbone, split)
     cut = backbone.truncated([*split.train, *split.test])
     if cut:
         backbone.notes.append(
@@ -270,8 +270,21 @@ def embedded_folder() -> Path:
     return folder
 
 
-def _load(kind: Any, path: str, name: str, **options: Any) -> Any:
-    """Call from_pretrained and say in one sentence what failed."""
+def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
+    """Call `from_pretrained` and say in one sentence what failed.
+
+    Args:
+        kind: One of transformers' Auto classes.
+        path: Hub id or local folder.
+        name: As the user named it.
+        **options: More arguments.
+
+    Returns:
+        What the class returns.
+
+    Raises:
+        BackboneError: If it cannot be loaded.
+    """
     local = os.path.isdir(path) or not _hub_is_known()
     try:
         return kind.from_pretrained(path, local_files_only=local, **options)
@@ -326,7 +339,7 @@ def _with_head(
     dtype: torch.dtype,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load with a classification head; return which of its parameters are new."""
-    loaded = _load(
+    loaded = load_pretrained(
         AutoModelForSequenceClassification,
         path,
         name,
@@ -350,7 +363,9 @@ def _language_model(
     path: str, name: str, readout: Readout, dtype: torch.dtype
 ) -> PreTrainedModel:
     kind = AutoModelForMaskedLM if readout == "masked" else AutoModelForCausalLM
-    module, info = _load(kind, path, name, output_loading_info=True, dtype=dtype)
+    module, info = load_pretrained(
+        kind, path, name, output_loading_info=True, dtype=dtype
+    )
     if info["missing_keys"]:
         raise BackboneError(
             f"readout={readout!r} needs a checkpoint with a language-model head, but "
@@ -371,7 +386,9 @@ def _is_mean_pooled(path: str) -> bool:
 def _with_mean_head(
     path: str, name: str, labels: int, dtype: torch.dtype
 ) -> tuple[MeanPooled, list[str]]:
-    body, info = _load(AutoModel, path, name, output_loading_info=True, dtype=dtype)
+    body, info = load_pretrained(
+        AutoModel, path, name, output_loading_info=True, dtype=dtype
+    )
     _refuse_missing(info, name, body)
     if hasattr(body, "pooler"):
         # The pooled first token is not read, so its layer is no parameter of f.
@@ -389,7 +406,7 @@ def _refuse_missing(info: Mapping[str, Any], name: str, module: nn.Module) -> No
         )
 
 
-def _pad_with_something(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:
+def allow_padding(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:
     """Let models pad that were trained without padding (GPT-2, LLaMA)."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -400,7 +417,8 @@ def _pad_with_something(tokenizer: PreTrainedTokenizerBase, module: Any) -> None
         module.config.use_cache = False
 
 
-def _length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the most tokens that a model and its tokenizer take."""
     positions = getattr(config, "max_position_embeddings", None) or 10**9
     # RoBERTa numbers positions from padding_idx + 1.
     if getattr(config, "model_type", "") in {"roberta", "xlm-roberta", "camembert"}:
@@ -437,7 +455,7 @@ def _word_tokens(
     return found
 
 
-def _fit_probe(backbone: Backbone, split: Split) -> None:
+def fit_probe(backbone: Backbone, split: Split) -> None:
     """Fit the head's last layer to the training examples by logistic regression."""
     module = backbone.module
     last = [

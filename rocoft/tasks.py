@@ -1,4 +1,4 @@
-"""Text-classification tasks: from files or the Hub to few-shot splits.
+"""Text-classification tasks: from files or the Hub to few-shot and full splits.
 
 A task is a list of labelled texts or pairs of texts, the names of its labels and,
 for prompts, a template with label words. Templates and label words are those of
@@ -8,6 +8,7 @@ LM-BFF (Gao et al. 2021) and of the kernel view of fine-tuning (Malladi et al. 2
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.model_selection import train_test_split
 
 DEFAULT_TASK = "reviews"
+SCORE = "score"
+"""The name of a regression's label."""
 
 
 class TaskError(ValueError):
@@ -55,11 +59,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """One text, or a pair of texts, and its label."""
+    """One text, or a pair of texts, and the number of its label, or its score."""
 
     a: str
     b: str | None
-    label: int
+    label: int | float
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Task:
 
     Attributes:
         name: Of the task.
-        labels: Names of the labels, in order.
+        labels: Names of the labels, in order; of a regression the name of the score.
         train: Examples to draw training examples from.
         test: Examples to draw test examples from; empty if they come from ``train``.
         prompt: For language models, if there is one.
@@ -82,15 +86,21 @@ class Task:
     prompt: Prompt | None
     source: str
 
+    @property
+    def regression(self) -> bool:
+        """Whether the labels are scores."""
+        return len(self.labels) == 1
+
 
 @dataclass(frozen=True)
 class Split:
-    """A few-shot split of a task."""
+    """Examples of a task to train on, to choose by (if any) and to test on."""
 
     task: Task
     train: tuple[Example, ...]
     test: tuple[Example, ...]
     seed: int
+    dev: tuple[Example, ...] = ()
 
 
 _SENTIMENT = Prompt("{a} It was {mask}.", ("terrible", "great"), "{a} It was")
@@ -141,14 +151,22 @@ HUB = {
 }
 """Of tasks on the Hub the data set, its configuration, text columns, test split."""
 
+SCORED_HUB = {
+    "stsb": ("nyu-mll/glue", "stsb", ("sentence1", "sentence2"), "validation"),
+}
+"""The same of regressions."""
 
-def load_task(name: str, data_dir: Path | None = None) -> Task:
+
+def load_task(
+    name: str, data_dir: Path | None = None, *, regression: bool = False
+) -> Task:
     """Load a task by name.
 
     Args:
         name: ``"reviews"``, which comes with the package, or one of `PROMPTS`.
         data_dir: Folder that holds ``NAME/train.jsonl`` and ``NAME/test.jsonl``; None
             means the Hub, except for ``"reviews"``.
+        regression: Whether labels may be real numbers; they are refused otherwise.
 
     Returns:
         The task.
@@ -156,6 +174,7 @@ def load_task(name: str, data_dir: Path | None = None) -> Task:
     Raises:
         TaskError: If there is no such task, or it cannot be read.
     """
+    hub = HUB | SCORED_HUB if regression else HUB
     if data_dir is not None:
         folder = data_dir / name
         if not (folder / "train.jsonl").is_file():
@@ -164,36 +183,42 @@ def load_task(name: str, data_dir: Path | None = None) -> Task:
                 f"task {name!r} is not in data_dir={str(data_dir)!r}, which holds "
                 f"{', '.join(known) or 'no folder with a train.jsonl'}."
             )
-        return _from_folder(name, folder, str(folder))
+        return _from_folder(name, folder, str(folder), regression)
     if name == DEFAULT_TASK:
         with resources.as_file(resources.files("rocoft") / "reviews") as folder:
-            return _from_folder(name, folder, "embedded in the package, CC BY 4.0")
-    if name not in HUB:
+            source = "embedded in the package, CC BY 4.0"
+            return _from_folder(name, folder, source, regression)
+    if name not in hub:
         raise TaskError(
             f"task {name!r} is unknown. Choose one of {DEFAULT_TASK}, "
-            f"{', '.join(HUB)}, or read your own with --data FILE or --data-dir DIR."
+            f"{', '.join(hub)}, or read your own with --data FILE or --data-dir DIR."
         )
-    return _from_hub(name)
+    return _from_hub(name, *hub[name])
 
 
-def load_file(path: Path, prompt: Prompt | None = None) -> Task:
+def load_file(
+    path: Path, prompt: Prompt | None = None, *, regression: bool = False
+) -> Task:
     """Load a task from one file of the user's.
 
     Args:
         path: ``.jsonl``, ``.csv`` or ``.tsv`` with the columns ``text`` (or ``text_a``
             and ``text_b``) and ``label``, in UTF-8.
         prompt: For language models.
+        regression: Whether labels may be real numbers; they are refused otherwise.
 
     Returns:
         The task; train and test examples are both drawn from it.
     """
     rows = _rows(path)
-    classes = _classes(rows, path)
+    classes = _classes(rows, path, regression)
     examples = _examples(rows, classes, path)
     return Task(path.stem, tuple(classes.values()), examples, (), prompt, str(path))
 
 
-def few_shot(task: Task, shots: int, test_size: int, seed: int) -> Split:
+def few_shot(
+    task: Task, shots: int, test_size: int, seed: int, *, dev_shots: int = 0
+) -> Split:
     """Draw training examples of every label and test examples.
 
     Args:
@@ -202,6 +227,8 @@ def few_shot(task: Task, shots: int, test_size: int, seed: int) -> Split:
         test_size: Most test examples.
         seed: Of the training examples. Test examples that come from a split of their
             own are the same for all seeds.
+        dev_shots: Examples of each label to choose hyperparameters by, as LM-BFF
+            draws them: other ones, as many as ``shots``.
 
     Returns:
         The split; training examples label by label.
@@ -211,37 +238,92 @@ def few_shot(task: Task, shots: int, test_size: int, seed: int) -> Split:
     """
     if shots < 1 or test_size < 1:
         raise TaskError(f"shots={shots} and test_size={test_size} must be at least 1.")
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(task.train))
+    if task.regression:
+        raise TaskError(
+            f"task {task.name!r} is a regression: it has no labels of which to draw "
+            f"shots={shots}. Use all its examples."
+        )
+    order = np.random.default_rng(seed).permutation(len(task.train))
     chosen: list[int] = []
+    dev: list[int] = []
     for label, name in enumerate(task.labels):
         own = [int(i) for i in order if task.train[i].label == label]
-        if len(own) < shots:
+        if len(own) < shots + dev_shots:
+            extra = f" and dev_shots={dev_shots}" if dev_shots else ""
             raise TaskError(
                 f"label {name!r} of task {task.name!r} has {len(own)} examples, fewer "
-                f"than shots={shots}. Lower --shots or add examples."
+                f"than shots={shots}{extra}. Lower --shots or add examples."
             )
         chosen += own[:shots]
-    pool = list(task.test)
-    if not pool:
-        taken = set(chosen)
+        dev += own[shots : shots + dev_shots]
+    pool = _test_pool(task)
+    if not task.test:
+        taken = {*chosen, *dev}
         pool = [task.train[int(i)] for i in order if int(i) not in taken]
-    else:
-        fixed = np.random.default_rng(0).permutation(len(pool))
-        pool = [pool[int(i)] for i in fixed]
     if not pool:
         raise TaskError(
             f"task {task.name!r} has no examples left to test on after shots={shots}. "
             "Lower --shots or add examples."
         )
-    return Split(
-        task, tuple(task.train[i] for i in chosen), tuple(pool[:test_size]), seed
-    )
+    train, held = (tuple(task.train[i] for i in some) for some in (chosen, dev))
+    return Split(task, train, tuple(pool[:test_size]), seed, held)
 
 
-def _from_folder(name: str, folder: Path, source: str) -> Task:
+def full_split(
+    task: Task, *, seed: int, dev_share: float = 0.1, test_size: int | None = None
+) -> Split:
+    """Take all of a task's examples, some of the training ones to choose by.
+
+    Args:
+        task: The task. If it has no test examples of its own, a fifth of all is drawn
+            for the test, the same for all seeds.
+        seed: Of the draw of the dev examples.
+        dev_share: Share of the training examples that becomes dev examples, of each
+            label in proportion.
+        test_size: Most test examples; None means all.
+
+    Returns:
+        The split; the three parts are disjoint.
+
+    Raises:
+        TaskError: If a part would be empty.
+    """
+    train, test = list(task.train), _test_pool(task)
+    if not test:
+        train, test = _parted(task, train, 0.2, 0)
+    train, dev = _parted(task, train, dev_share, seed)
+    return Split(task, tuple(train), tuple(test[:test_size]), seed, tuple(dev))
+
+
+def _test_pool(task: Task) -> list[Example]:
+    """Return the task's own test examples, in an order that is the same always."""
+    fixed = np.random.default_rng(0).permutation(len(task.test))
+    return [task.test[int(i)] for i in fixed]
+
+
+def _parted(
+    task: Task, examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Draw a share of the examples, of each label in proportion; return both parts."""
+    try:
+        rest, drawn = train_test_split(
+            examples,
+            test_size=share,
+            random_state=seed,
+            stratify=None if task.regression else [e.label for e in examples],
+        )
+    except ValueError as error:
+        raise TaskError(
+            f"the {len(examples)} examples of task {task.name!r} cannot be parted, "
+            f"{share:g} of them to choose or test by: {_first_line(error)}. Add "
+            "examples."
+        ) from None
+    return rest, drawn
+
+
+def _from_folder(name: str, folder: Path, source: str, regression: bool) -> Task:
     rows = _rows(folder / "train.jsonl")
-    classes = _classes(rows, folder / "train.jsonl")
+    classes = _classes(rows, folder / "train.jsonl", regression)
     train = _examples(rows, classes, folder / "train.jsonl")
     test: tuple[Example, ...] = ()
     if (folder / "test.jsonl").is_file():
@@ -251,10 +333,11 @@ def _from_folder(name: str, folder: Path, source: str) -> Task:
     return Task(name, labels, train, test, PROMPTS.get(name), source)
 
 
-def _from_hub(name: str) -> Task:
+def _from_hub(
+    name: str, path: str, config: str | None, columns: tuple[str, ...], test_split: str
+) -> Task:
     import datasets
 
-    path, config, columns, test_split = HUB[name]
     try:
         data = datasets.load_dataset(path, config)
     except Exception as error:
@@ -267,6 +350,8 @@ def _from_hub(name: str) -> Task:
         ) from error
     feature = data["train"].features["label"]
     names = getattr(feature, "names", None) or sorted(set(data["train"]["label"]))
+    if name in SCORED_HUB:
+        names = [SCORE]
     labels = tuple(str(n) for n in names)
     train, test = (
         tuple(
@@ -285,8 +370,11 @@ def _examples(
     rows: Sequence[Mapping[str, Any]], classes: Mapping[str, str], path: Path
 ) -> tuple[Example, ...]:
     """Return labelled texts; labels are numbered in the order of the classes."""
-    numbers = {value: number for number, value in enumerate(classes)}
     _check_columns(rows, path)
+    numbers: dict[str, int | float]
+    numbers = {value: number for number, value in enumerate(classes)}
+    if classes == {SCORE: SCORE}:
+        numbers = {str(row["label"]): _score(row["label"], path) for row in rows}
     unknown = sorted({str(row["label"]) for row in rows} - numbers.keys())
     if unknown:
         raise TaskError(
@@ -358,9 +446,26 @@ def _json_rows(text: str, path: Path) -> Iterable[Mapping[str, Any]]:
         yield row
 
 
-def _classes(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
+def _score(label: object, path: Path) -> float:
+    try:
+        score = float(str(label))
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise TaskError(
+            f"file {str(path)!r} has the label {label!r} beside real numbers. The "
+            "labels of a regression are all finite numbers."
+        )
+    return score
+
+
+def _classes(
+    rows: Sequence[Mapping[str, Any]], path: Path, regression: bool = False
+) -> dict[str, str]:
     """Return label values and their names, numbers in their order, else sorted."""
     _check_columns(rows, path)
+    if regression and any(isinstance(row["label"], float) for row in rows):
+        return {SCORE: SCORE}
     for row in rows:
         if isinstance(row["label"], float):
             raise TaskError(

@@ -14,8 +14,8 @@ export metrics meter methods search trainer language sft options results train
 """
 NTK = """
 function maps spaces notation factors positions contraction rules capture coverage
-passes jacobian features jobs engine kernel calibration certificate storage spectrum distance classifiers
-linearize evaluation plots report options compare
+passes jacobian features jobs engine kernel calibration certificate storage spectrum
+distance classifiers linearize evaluation plots report options compare
 """
 ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}
 FILES = [

@@ -1,0 +1,296 @@
+"""Prompts and completions: what language models are fine-tuned on, and their scores.
+
+A file has one JSON object a line: ``{"prompt", "completion"}``, or
+``{"prompt", "choices": [...], "answer": i}`` for multiple choice. The prompt is given
+and only the completion is learnt; choices are compared by the mean log-likelihood of
+their tokens, so that long ones are not at a disadvantage.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rocoft.tasks import TaskError
+
+IGNORED = -100
+"""Label of the positions that are not learnt."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what may follow it.
+
+    Attributes:
+        prompt: What is given.
+        choices: What may follow, a single text unless it is multiple choice.
+        answer: Number of the right choice.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int = 0
+
+    @property
+    def completion(self) -> str:
+        """What is to follow."""
+        return self.choices[self.answer]
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Completions to train on, to choose by and to test on.
+
+    Attributes:
+        name: Of the file.
+        train: Examples to learn.
+        dev: Examples to choose hyperparameters by.
+        test: Examples to predict in the end.
+        seed: Of the draw.
+        source: The file.
+    """
+
+    name: str
+    train: tuple[Completion, ...]
+    dev: tuple[Completion, ...]
+    test: tuple[Completion, ...]
+    seed: int
+    source: str
+
+    @property
+    def multiple_choice(self) -> bool:
+        """Whether examples are judged by which choice is likeliest."""
+        return len(self.train[0].choices) > 1
+
+
+def has_prompts(path: Path) -> bool:
+    """Return whether a file's first line is a prompt.
+
+    Args:
+        path: Any file.
+    """
+    if path.suffix not in {".jsonl", ".json"} or not path.is_file():
+        return False
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        try:
+            return "prompt" in json.loads(file.readline())
+        except (ValueError, TypeError):
+            return False
+
+
+def read_completions(path: Path) -> tuple[Completion, ...]:
+    """Read prompts with completions or choices.
+
+    Args:
+        path: ``.jsonl`` file as this module describes, in UTF-8.
+
+    Returns:
+        The examples.
+
+    Raises:
+        TaskError: If the file cannot be read, or a line is not of that form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"file {str(path)!r} cannot be read: {error}.") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            found.append(_completion(line, f"line {number} of {str(path)!r}"))
+    if not found:
+        raise TaskError(f"file {str(path)!r} holds no examples.")
+    if len({len(example.choices) > 1 for example in found}) > 1:
+        raise TaskError(
+            f"file {str(path)!r} mixes completions and choices. Give a file of one "
+            "kind."
+        )
+    return tuple(found)
+
+
+def split_completions(
+    path: Path, *, seed: int, dev_share: float = 0.1, test_size: int | None = None
+) -> Completions:
+    """Draw training, dev and test examples of a file, the latter the same always.
+
+    Args:
+        path: The file.
+        seed: Of the draw of the dev examples.
+        dev_share: Share of the training examples that becomes dev examples.
+        test_size: Most test examples; None means a fifth of all.
+
+    Returns:
+        The three disjoint parts.
+
+    Raises:
+        TaskError: If a part would be empty.
+    """
+    examples = list(read_completions(path))
+    try:
+        train, test = train_test_split(examples, test_size=0.2, random_state=0)
+        train, dev = train_test_split(train, test_size=dev_share, random_state=seed)
+    except ValueError as error:
+        raise TaskError(
+            f"the {len(examples)} examples of {str(path)!r} cannot be parted: {error}"
+        ) from None
+    parts = (tuple(train), tuple(dev), tuple(test[:test_size]))
+    return Completions(path.stem, *parts, seed, str(path))
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    completion: str,
+    *,
+    max_length: int,
+    encoder_decoder: bool,
+) -> dict[str, list[int]]:
+    """Tokenise one prompt with a completion and the end of the text.
+
+    The two are tokenised as one text: what is learnt are the tokens after those that
+    the prompt alone has in common with it.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: What is given; the front of it is cut if the whole is too long.
+        completion: What follows.
+        max_length: Most tokens; of an encoder-decoder on each side.
+        encoder_decoder: Whether the prompt goes to an encoder.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, ``IGNORED`` on the prompt.
+
+    Raises:
+        TaskError: If the completion has no token of its own.
+    """
+    if encoder_decoder:
+        tokens = tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"]
+        labels = _ended(tokenizer, tokenizer(text_target=completion)["input_ids"])
+        labels = labels[:max_length]
+    else:
+        given = _unended(tokenizer, tokenizer(prompt)["input_ids"])
+        tokens = _ended(tokenizer, tokenizer(prompt + completion)["input_ids"])
+        pairs = zip(given, tokens, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(given))
+        labels = [IGNORED] * same + tokens[same:]
+        tokens, labels = tokens[-max_length:], labels[-max_length:]
+    ends = {tokenizer.eos_token_id, IGNORED}
+    if all(label in ends for label in labels):
+        raise TaskError(
+            f"completion {completion!r} of prompt {prompt[-40:]!r} has no token of its "
+            "own. Give a text that follows the prompt."
+        )
+    mask = [1] * len(tokens)
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def log_likelihoods(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:
+    """Return what a model gives to the labels of each text.
+
+    Args:
+        logits: ``(n, t, vocabulary)``.
+        labels: ``(n, t)``, `IGNORED` where nothing is predicted.
+        shifted: Whether the logits at a position are those of the next one, as a
+            causal model's are.
+
+    Returns:
+        ``(n, 2)``, in float32: the sum of log-likelihoods (nat) and the number of
+        labels.
+    """
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != IGNORED
+    chosen = labels.clamp(min=0)[..., None]
+    values = logits.float().log_softmax(-1).gather(-1, chosen)[..., 0]
+    return torch.stack([(values * counted).sum(1), counted.sum(1).float()], dim=1)
+
+
+def generated(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """Return what a model writes after each prompt, greedily.
+
+    Args:
+        model: A transformers model, or a `PeftModel` of one.
+        tokenizer: Of the model.
+        prompts: The prompts.
+        max_new_tokens: Most tokens to write.
+        batch_size: Prompts in one pass.
+
+    Returns:
+        The texts, without the prompts and without the end mark.
+    """
+    encoder_decoder = model.config.is_encoder_decoder
+    device = next(model.parameters()).device
+    side = tokenizer.padding_side
+    found: list[str] = []
+    try:
+        # What is written stands right after the prompt.
+        tokenizer.padding_side = "right" if encoder_decoder else "left"
+        for start in range(0, len(prompts), batch_size):
+            rows = [tokenizer(p) for p in prompts[start : start + batch_size]]
+            tokens = [row["input_ids"] for row in rows]
+            if not encoder_decoder:
+                tokens = [_unended(tokenizer, row) for row in tokens]
+            batch = tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(device)
+            with torch.no_grad():
+                written = model.generate(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            if not encoder_decoder:
+                written = written[:, batch["input_ids"].shape[1] :]
+            found += tokenizer.batch_decode(written, skip_special_tokens=True)
+    finally:
+        tokenizer.padding_side = side
+    return found
+
+
+def _completion(line: str, where: str) -> Completion:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{where} is not JSON: {error.msg}.") from None
+    if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str):
+        raise TaskError(f"{where} has no text as 'prompt'.")
+    prompt = row["prompt"]
+    if isinstance(row.get("completion"), str) and row["completion"]:
+        return Completion(prompt, (row["completion"],))
+    given, answer = row.get("choices"), row.get("answer")
+    choices = given if isinstance(given, list) else []
+    if len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise TaskError(
+            f"{where} has neither a text as 'completion' nor two or more as 'choices'."
+        )
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise TaskError(
+            f"{where} has answer={answer!r}, which is no number of a choice from 0 to "
+            f"{len(choices) - 1}."
+        )
+    return Completion(prompt, tuple(choices), answer)
+
+
+def _unended(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+        return tokens[:-1]
+    return tokens
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    tokens = _unended(tokenizer, tokens)
+    end = tokenizer.eos_token_id
+    return tokens if end is None else [*tokens, end]

@@ -1,0 +1,428 @@
+"""Training once for each learning rate, and keeping the one that does best on dev.
+
+Everything here goes through transformers' Trainer. What is finished is on disk: a
+search that was killed and is started again with the same settings continues at its last
+checkpoint and ends with the same weights, bit for bit.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from rocoft.meter import Meter, peak_memory, reset_peak_memory
+from rocoft.methods import trained_parameters
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how many steps of it, and of how many."""
+
+PROTOCOL: dict[str, Any] = {
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,
+    "weight_decay": 0.0,
+    "eval_strategy": "epoch",
+    "save_total_limit": 1,
+    "report_to": "none",
+    "log_level": "error",
+}
+"""Arguments of the Trainer where none are given; the same for every method."""
+
+OWN = (
+    "output_dir",
+    "learning_rate",
+    "seed",
+    "data_seed",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "remove_unused_columns",
+    "label_names",
+    "use_cpu",
+    "disable_tqdm",
+    "restore_callback_states_from_checkpoint",
+)
+"""Arguments of the Trainer that the search sets itself."""
+
+
+class TrainingError(ValueError):
+    """A training that cannot be done as asked, or that came to nothing."""
+
+
+class OrderedTrainer(Trainer):
+    """A Trainer that predicts in the order of the examples.
+
+    transformers' own predicts in the order of their lengths where training is sampled
+    by length, and does not say which prediction is whose.
+    """
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and how it is judged.
+
+    Attributes:
+        name: Of the method, the task and the model.
+        build: Makes the model anew, with what is to be trained requiring gradients.
+        train: Training examples, a sequence of what ``collate`` takes.
+        dev: Those to choose by.
+        collate: Makes a batch of several.
+        judge: From predictions to metrics.
+        chief: The metric to choose by; more is better.
+        device: Where to train.
+        trainer: Kind of Trainer, and of its arguments.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    train: Any
+    dev: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    judge: Callable[[EvalPrediction], dict[str, float]]
+    chief: str
+    device: torch.device
+    trainer: tuple[type[Trainer], type[TrainingArguments]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best of a search.
+
+    Attributes:
+        model: The model that was chosen, in evaluation mode.
+        trainer: Its Trainer; it predicts without judging.
+        runs: What each learning rate came to, in their order.
+        best: One of them.
+    """
+
+    model: nn.Module
+    trainer: Trainer
+    runs: list[dict[str, Any]]
+    best: dict[str, Any]
+
+
+def search(
+    job: Job,
+    rates: Sequence[float],
+    *,
+    arguments: Mapping[str, Any],
+    patience: int | None,
+    seed: int,
+    folder: Path,
+    resume: bool,
+    progress: Progress | None = None,
+) -> Found:
+    """Train with each learning rate and take the best on dev, the first of equals.
+
+    Args:
+        job: What is trained.
+        rates: Peak learning rates.
+        arguments: Of the Trainer, over those of `PROTOCOL`.
+        patience: Evaluations without a new best after which training stops; None
+            trains to the end. Either way the best checkpoint counts.
+        seed: Of initialisation, order of the examples and dropout.
+        folder: For checkpoints and what is finished.
+        resume: Continue what lies in the folder.
+        progress: Told of every step.
+
+    Returns:
+        The best.
+
+    Raises:
+        TrainingError: If the settings are no Trainer's, differ from those that the
+            folder was begun with, or every training diverged.
+    """
+    if not rates:
+        raise TrainingError("no learning rate was given. Give one or more with --lr.")
+    settings = {
+        "name": job.name,
+        "rates": list(rates),
+        "arguments": dict(arguments),
+        "patience": patience,
+        "seed": seed,
+        "examples": [len(job.train), len(job.dev)],
+    }
+    _agree(folder, settings, resume)
+    runs = []
+    for rate in rates:
+        done = folder / f"lr-{rate:g}.json"
+        if not done.is_file():
+            options = _arguments(job, rate, arguments, seed, folder / f"lr-{rate:g}")
+            _train(job, options, patience, done, progress)
+        runs.append(json.loads(done.read_text()))
+    finite = [run for run in runs if run["dev"] is not None]
+    if not finite:
+        raise TrainingError(
+            f"training diverged with every learning rate of {list(rates)}: the outputs "
+            "were not finite. Give lower ones with --lr."
+        )
+    best = max(finite, key=lambda run: run["dev"][job.chief])
+    rate = best["learning_rate"]
+    options = _arguments(job, rate, arguments, seed, folder / f"lr-{rate:g}")
+    with own_random_numbers(seed):
+        model = job.build()
+        trainer = _trainer(job, model, options)
+    _put(model, load_file(folder / f"lr-{rate:g}.safetensors"))
+    model.eval()
+    trainer.compute_metrics = None
+    return Found(model, trainer, runs, best)
+
+
+@contextlib.contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Seed every global generator, and leave them afterwards as they were.
+
+    Args:
+        seed: For Python, NumPy and torch.
+
+    Yields:
+        None.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: Where to.
+        text: What.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+class _Shown(TrainerCallback):
+    """Tells of every step."""
+
+    def __init__(self, what: str, progress: Progress) -> None:
+        self.what, self.progress = what, progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(self.what, state.global_step, state.max_steps)
+
+
+def _agree(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Begin a folder, or see that it was begun with the same settings."""
+    file = folder / "settings.json"
+    text = json.dumps(settings, indent=1, default=str) + "\n"
+    if resume and file.is_file():
+        begun, given = json.loads(file.read_text()), json.loads(text)
+        differ = [key for key in given if begun.get(key) != given[key]]
+        if differ:
+            raise TrainingError(
+                f"{str(folder)!r} was begun with other settings: "
+                + "; ".join(f"{k} {begun.get(k)} there, {given[k]} now" for k in differ)
+                + ". Start with the same ones, or elsewhere."
+            )
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_text(file, text)
+
+
+def _arguments(
+    job: Job, rate: float, given: Mapping[str, Any], seed: int, folder: Path
+) -> TrainingArguments:
+    if taken := sorted(set(given) & set(OWN)):
+        raise TrainingError(
+            f"arguments {', '.join(taken)} are set by the search itself. Leave them "
+            "out."
+        )
+    options = {**PROTOCOL, **given}
+    options.setdefault("save_strategy", options["eval_strategy"])
+    if "eval_steps" in options:
+        options.setdefault("save_steps", options["eval_steps"])
+    try:
+        return job.trainer[1](
+            **options,
+            output_dir=str(folder),
+            learning_rate=rate,
+            seed=seed,
+            load_best_model_at_end=True,
+            metric_for_best_model=job.chief,
+            greater_is_better=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            use_cpu=job.device.type == "cpu",
+            disable_tqdm=True,
+            # Patience counts on after a resumption.
+            restore_callback_states_from_checkpoint=True,
+        )
+    except TypeError as error:
+        raise TrainingError(f"the Trainer refuses an argument: {error}.") from None
+
+
+def _trainer(
+    job: Job,
+    model: nn.Module,
+    options: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    trainer = job.trainer[0](
+        model,
+        options,
+        data_collator=job.collate,
+        train_dataset=job.train,
+        eval_dataset=job.dev,
+        compute_metrics=job.judge,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train(
+    job: Job,
+    options: TrainingArguments,
+    patience: int | None,
+    done: Path,
+    progress: Progress | None,
+) -> None:
+    """Train once; leave its weights and what it came to beside its checkpoints."""
+    meter = Meter()
+    callbacks: list[TrainerCallback] = [meter]
+    if patience is not None:
+        callbacks.append(EarlyStoppingCallback(patience))
+    if progress is not None:
+        callbacks.append(_Shown(f"lr {options.learning_rate:g}", progress))
+    folder = Path(str(options.output_dir))
+    checkpoint = _last_checkpoint(folder)
+    with own_random_numbers(options.seed):
+        model = job.build()
+        own_peak = reset_peak_memory(job.device)
+        with _only_trained_is_saved(model):
+            trainer = _trainer(job, model, options, callbacks)
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+    weights = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in trained_parameters(model).items()
+    }
+    part = done.with_name(f".{done.stem}.safetensors.{os.getpid()}")
+    save_file(weights, part)
+    part.replace(done.with_suffix(".safetensors"))
+    state = trainer.state
+    history = [_judged(entry) for entry in state.log_history if "eval_loss" in entry]
+    record = {
+        "learning_rate": options.learning_rate,
+        "dev": next((e for e in history if e["step"] == state.best_global_step), None),
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "train_loss": _finite(result.training_loss),
+        "seconds_per_step": meter.seconds,
+        "steps_timed": len(meter.times),
+        "peak_memory_bytes": peak_memory(job.device),
+        "peak_memory_is_of_this_training": own_peak,
+        "history": history,
+    }
+    write_text(done, json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _judged(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of one evaluation, and the step it was made at."""
+    costs = ("runtime", "samples_per_second", "steps_per_second")
+    found = {
+        key.removeprefix("eval_"): _finite(value)
+        for key, value in entry.items()
+        if key.startswith("eval_") and not key.endswith(costs)
+    }
+    return {"step": entry["step"], **found}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _only_trained_is_saved(model: nn.Module) -> Iterator[None]:
+    """Keep what is frozen out of the checkpoints of modules that are no library's."""
+    # The Trainer would write their whole state, and fail on parameters that are shared,
+    # as the label words' are.
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in state.keys() - trained_parameters(module).keys():
+            del state[name]
+
+    def expect_no_more(module: nn.Module, keys: Any) -> None:
+        keys.missing_keys.clear()
+
+    if isinstance(model, PreTrainedModel | PeftModel):
+        yield
+        return
+    handles = (
+        model.register_state_dict_post_hook(drop),
+        model.register_load_state_dict_post_hook(expect_no_more),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end."""
+    found = {
+        int(path.parent.name.rpartition("-")[2]): path.parent
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+        if _is_json(path)  # It is written last.
+    }
+    return str(found[max(found)]) if found else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def _put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put trained weights into a model that was prepared in the same way."""
+    parameters = trained_parameters(model)
+    if parameters.keys() != weights.keys():
+        raise TrainingError(
+            "the weights on disk are of other parameters than those that are trained "
+            "now. Start elsewhere."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

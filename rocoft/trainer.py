@@ -1,0 +1,384 @@
+"""Fine-tuning a backbone on a task by any method, under one protocol.
+
+The model starts where `rocoft.backbone` left it, transformers' Trainer trains it once
+with each learning rate of a grid, the best checkpoint on dev is taken, and the test
+examples are looked at once.
+"""
+
+import contextlib
+import copy
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from rocoft.architecture import Architecture
+from rocoft.backbone import Backbone, fit_probe
+from rocoft.methods import (
+    LEARNING_RATES,
+    Method,
+    apply_method,
+    parse_method,
+    trained_parameters,
+)
+from rocoft.metrics import metric_names, scores
+from rocoft.search import (
+    Found,
+    Job,
+    OrderedTrainer,
+    Progress,
+    TrainingError,
+    own_random_numbers,
+    search,
+)
+from rocoft.selection import DATA_STRATEGIES
+from rocoft.tasks import Example, Split
+
+CALIBRATION = 64
+"""Training examples that selections by activation or gradient look at."""
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned model, and how it came about.
+
+    Attributes:
+        model: In evaluation mode. With RoCoFT, LoRA and DoRA it is a `PeftModel`, or
+            a `Prompted` around one.
+        method: What was trained.
+        logits: ``(n, labels)``, the test examples' outputs in the order of the split.
+        labels: ``(n,)``, what they should be.
+        record: Everything else, as JSON knows it.
+    """
+
+    model: nn.Module
+    method: Method
+    logits: Tensor
+    labels: Tensor
+    record: dict[str, Any]
+
+
+def fine_tune(
+    backbone: Backbone,
+    split: Split,
+    method: Method | str,
+    *,
+    lrs: Sequence[float] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    patience: int | None = None,
+    seed: int = 0,
+    metrics: Sequence[str] | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> FineTuned:
+    """Fine-tune a copy of a backbone's model; the backbone itself is left untouched.
+
+    Classes are learnt by cross-entropy of the logits, over the label words of a prompt
+    if that is the readout, scores by mean squared error.
+
+    Args:
+        backbone: The model, ready for the task.
+        split: Its ``train`` examples are learnt, its ``dev`` examples choose learning
+            rate and checkpoint, its ``test`` examples are predicted once at the end.
+        method: What is trained, as `rocoft.methods` describes.
+        lrs: Peak learning rates; None means those of `methods.LEARNING_RATES`.
+        arguments: More arguments of transformers' `TrainingArguments`, by name, over
+            those of `search.PROTOCOL`.
+        patience: Evaluations without a new best on dev after which training stops;
+            None trains to the end. The best checkpoint is taken in either case.
+        seed: Of LoRA's initialisation, the order of examples and dropout. Global
+            generators are left as they were.
+        metrics: Names of `rocoft.metrics`, the first to choose by; None means the
+            task's.
+        folder: For checkpoints; None means a temporary one.
+        resume: Continue in ``folder``, with weights equal bit for bit to those of a
+            training that was not interrupted.
+        progress: Told of every step.
+
+    Returns:
+        The model with the best learning rate, its test predictions and the record.
+
+    Raises:
+        TrainingError: If the split has no dev examples, a setting is refused, or
+            every training diverged.
+        SelectionError: If the method selects nothing of the model.
+    """
+    method = parse_method(method) if isinstance(method, str) else method
+    if not split.dev:
+        raise TrainingError(
+            f"the split of task {split.task.name!r} has no dev examples to choose the "
+            "learning rate by. Draw some: few_shot(..., dev_shots=16) or full_split."
+        )
+    regression = split.task.regression
+    names = tuple(metrics or metric_names(split.task.name, regression=regression))
+    start = {
+        "method": str(method),
+        "seed": seed,
+        "split_seed": split.seed,
+        "task": split.task.name,
+        "labels": list(split.task.labels),
+        "source": split.task.source,
+        "model": backbone.name,
+        "readout": backbone.readout,
+        "examples": {
+            "train": len(split.train),
+            "dev": len(split.dev),
+            "test": len(split.test),
+        },
+        "metric": names[0],
+    }
+    if method.kind == "probe":
+        return _probe(backbone, split, method, names, start)
+    given = dict(arguments or {})
+    # The Trainer switches it on for the library's own models alone.
+    checkpointing = bool(given.pop("gradient_checkpointing", False))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(own_random_numbers(seed))
+        temporary = tempfile.TemporaryDirectory(prefix="rocoft-")
+        place = folder or Path(stack.enter_context(temporary)) / "search"
+        found = search(
+            Job(
+                name=f"{method!s}, {split.task.name}, {backbone.name}",
+                build=lambda: _prepared(backbone, split, method, checkpointing),
+                train=_encoded(backbone, split.train),
+                dev=_encoded(backbone, split.dev),
+                collate=DataCollatorWithPadding(backbone.tokenizer),
+                judge=lambda p: scores(p.predictions, p.label_ids, names),
+                chief=names[0],
+                device=_device(backbone.module),
+                trainer=(ReadoutTrainer, TrainingArguments),
+            ),
+            LEARNING_RATES[method.kind] if lrs is None else lrs,
+            arguments=given,
+            patience=patience,
+            seed=seed,
+            folder=place,
+            resume=resume,
+            progress=progress,
+        )
+        predicted = found.trainer.predict(_encoded(backbone, split.test))
+    logits, labels = torch.as_tensor(predicted.predictions), _labels(split.test)
+    record = {
+        **start,
+        "test": scores(logits, labels, names),
+        "parameters": count_parameters(found.model, backbone.module),
+        **searched(found),
+    }
+    record["arguments"]["gradient_checkpointing"] = checkpointing
+    return FineTuned(found.model, method, logits, labels, record)
+
+
+def searched(found: Found) -> dict[str, Any]:
+    """Return what a record says of a search.
+
+    Args:
+        found: The search.
+    """
+    keys = ("learning_rate", "dev", "steps", "epochs", "seconds_per_step")
+    memory = ("peak_memory_bytes", "peak_memory_is_of_this_training")
+    return {
+        **{key: found.best[key] for key in (*keys, *memory)},
+        "learning_rates": found.runs,
+        "arguments": found.trainer.args.to_dict(),
+        "device": str(found.trainer.args.device),
+        "versions": versions(),
+    }
+
+
+def count_parameters(model: nn.Module, start: nn.Module) -> dict[str, int]:
+    """Count what is trained.
+
+    Args:
+        model: A model that a method was applied to.
+        start: The same model before that.
+
+    Returns:
+        ``"trainable"``, of these ``"head"`` and ``"without_head"``, and ``"total"``,
+        the parameters of ``start``.
+    """
+    head = set(Architecture(start).head)
+    trained = {_original(n): p.numel() for n, p in trained_parameters(model).items()}
+    of_head = sum(count for name, count in trained.items() if name in head)
+    return {
+        "trainable": sum(trained.values()),
+        "head": of_head,
+        "without_head": sum(trained.values()) - of_head,
+        "total": sum(p.numel() for p in start.parameters()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that results depend on."""
+    names = ("rocoft-ntk", "torch", "transformers", "peft", "accelerate")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+class ReadoutTrainer(OrderedTrainer):
+    """A Trainer of modules that return logits, or an object that has them.
+
+    One output and real labels make a regression.
+    """
+
+    # The loss is the mean over a batch.
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss, and the outputs if asked for.
+
+        Args:
+            model: The model.
+            inputs: A batch with ``labels``, ``(n,)``.
+            return_outputs: Whether to return ``{"logits": (n, labels)}`` as well.
+            num_items_in_batch: Not used: losses are averaged batch by batch.
+
+        Returns:
+            The loss, or a pair.
+        """
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        loss = _loss(logits, labels, self.args.label_smoothing_factor)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def _prepared(
+    backbone: Backbone, split: Split, method: Method, checkpointing: bool
+) -> nn.Module:
+    """Return a copy of the backbone's model that is ready to train."""
+    batches: list[dict[str, Tensor]] = []
+    if method.strategy in DATA_STRATEGIES:
+        chosen = np.random.default_rng(0).permutation(len(split.train))[:CALIBRATION]
+        some = [split.train[int(i)] for i in chosen]
+        batches = _calibration(backbone, some, method)
+    module = copy.deepcopy(backbone.module)
+    if checkpointing:
+        inner = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+    return apply_method(
+        module,
+        method,
+        train_head=backbone.readout == "head",
+        batches=batches,
+        loss=_example_loss,
+    )
+
+
+def _calibration(
+    backbone: Backbone, examples: Sequence[Example], method: Method
+) -> list[dict[str, Tensor]]:
+    """Return batches; those for gradients with all that `_example_loss` needs."""
+    batches, order = backbone.encode(examples, 16)
+    labels = _labels([examples[i] for i in order]).split(16)
+    for batch, own in zip(batches, labels, strict=True):
+        if method.strategy == "gradient":
+            batch["labels"] = own
+        else:
+            batch.pop("position", None)
+    return batches
+
+
+def _example_loss(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss of one example, of a `Prompted`'s model at its position."""
+    inputs = {k: v for k, v in example.items() if k not in {"labels", "position"}}
+    outputs = model(**inputs)
+    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    if "position" in example:
+        logits = logits[torch.arange(len(logits)), example["position"]]
+    return _loss(logits, example["labels"], 0.0)
+
+
+def _loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Return the squared error of scores, or the cross-entropy of classes."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits[:, 0].float(), labels.float())
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def _encoded(backbone: Backbone, examples: Sequence[Example]) -> Any:
+    """Return each example as lists of numbers without padding, and its label."""
+    batches = [backbone.encode([example], 1)[0][0] for example in examples]
+    return [
+        {**{key: value[0].tolist() for key, value in batch.items()}, "label": e.label}
+        for batch, e in zip(batches, examples, strict=True)
+    ]
+
+
+def _probe(
+    backbone: Backbone,
+    split: Split,
+    method: Method,
+    names: Sequence[str],
+    start: dict[str, Any],
+) -> FineTuned:
+    """Fit the last layer of the head to frozen features, which takes no steps."""
+    if split.task.regression or backbone.readout != "head":
+        raise TrainingError(
+            f"method 'probe' fits a classification head by logistic regression; task "
+            f"{split.task.name!r} read out by {backbone.readout!r} has none. Use "
+            "'head'."
+        )
+    model = copy.deepcopy(backbone.module)
+    fit_probe(replace(backbone, module=model), split)
+    logits = [_outputs(backbone, model, part) for part in (split.dev, split.test)]
+    record = {
+        **start,
+        "dev": scores(logits[0], _labels(split.dev), names),
+        "test": scores(logits[1], _labels(split.test), names),
+        "parameters": count_parameters(
+            apply_method(model, method, train_head=True), backbone.module
+        ),
+        "learning_rate": None,
+        "learning_rates": [],
+        "steps": 0,
+        "versions": versions(),
+    }
+    return FineTuned(model, method, logits[1], _labels(split.test), record)
+
+
+def _outputs(
+    backbone: Backbone, model: nn.Module, examples: Sequence[Example]
+) -> Tensor:
+    """Return ``(n, labels)`` outputs in the order of the examples."""
+    batches, order = backbone.encode(examples, 64)
+    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    for start, batch in enumerate(batches):
+        with torch.no_grad():
+            outputs = model(**{k: v.to(_device(model)) for k, v in batch.items()})
+        rows = outputs if isinstance(outputs, Tensor) else outputs.logits
+        for place, row in zip(order[64 * start :], rows.cpu(), strict=False):
+            found[place] = row
+    return torch.stack(found)
+
+
+def _labels(examples: Sequence[Example]) -> Tensor:
+    return torch.tensor([example.label for example in examples])
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _original(name: str) -> str:
+    """Return the name that a parameter had before peft wrapped its module."""
+    return name.removeprefix("base_model.model.").replace(
+        ".modules_to_save.default", ""
+    )
