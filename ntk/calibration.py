@@ -140,33 +140,46 @@ class _Statistics:
         self.found = found
         self.totals: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         self._examples = 0
-        self._factors: dict[tuple[str, int], dict[int, Factor]] = {}
+        self._count: dict[str, int] = {}
+        self._factors: dict[tuple[str, int], list[Factor]] = {}
 
     def begin(
         self, uses: Sequence[Use], examples: int, outputs: int, without: Collection[str]
     ) -> None:
         """Expect the next examples."""
         self._examples = examples
+        self._count = dict.fromkeys(self.totals, 0)
+        for use in uses:
+            if use.name in self._count:
+                self._count[use.name] += 1
 
     def receive(self, use: Use, k: int, factor: Factor) -> None:
         """Take what output k leaves of one use."""
-        if use.name in self.totals:
-            self._factors.setdefault((use.name, k), {})[id(use)] = factor
+        name = use.name
+        if name not in self.totals:
+            return
+        several = self._factors.setdefault((name, k), [])
+        several.append(factor)
+        if len(several) == self._count[name]:
+            self._reduce(name, k, self._factors.pop((name, k)))
 
     def end(self) -> None:
-        """Add what the batch left."""
-        for (name, k), uses in self._factors.items():
-            of, total = self.weights[name], self.totals[name]
-            stored = (of.outputs, of.inputs)[:: 1 if of.output_dim == 0 else -1]
-            for i in range(self._examples):
-                # One example at a time: whole gradients are large.
-                rows = dense([f.example(i) for f in uses.values()], torch.Size(stored))
-                _add_energies(total, rows, of)
-            for factor in uses.values():
-                if k == 0 and isinstance(factor, Matrix):
-                    power = factor.x.double().square().sum(dim=(0, 1))
-                    _add(total, "squared activation", power)
+        """Close the batch."""
         self._factors = {}
+
+    def _reduce(self, name: str, k: int, uses: Sequence[Factor]) -> None:
+        of, total = self.weights[name], self.totals[name]
+        stored = (of.outputs, of.inputs)[:: 1 if of.output_dim == 0 else -1]
+        for i in range(self._examples):
+            # One example at a time: whole gradients are large.
+            rows = dense([factor.example(i) for factor in uses], torch.Size(stored))
+            _add_energies(total, rows, of)
+        for factor in uses:
+            as_layer = isinstance(factor, Matrix) and factor.output_dim == of.output_dim
+            if k == 0 and as_layer:
+                assert isinstance(factor, Matrix)
+                power = factor.x.double().square().sum(dim=(0, 1))
+                _add(total, "squared activation", power)
 
     def finish(self, without: Collection[str]) -> None:
         """Keep what was collected, some parameters left out."""

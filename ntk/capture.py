@@ -209,6 +209,9 @@ class Recorder(TorchFunctionMode):
                 self._leave(found, f"of {name}")
             return output
         output = func(*args, **kwargs)
+        if not output.ndim:
+            self._leave(found, "its result is a single number")
+            return output
         if output.ndim > 2 and len(output) == self.examples:
             self.lengths.add(output.shape[1])
         layout = self._layout(output)
@@ -218,10 +221,16 @@ class Recorder(TorchFunctionMode):
             # Position numbers of shape (1, t) serve all examples; give each its own
             # copy so that their gradients do not add up.
             output = output.expand(self.examples, *output.shape[1:])
+        if output.requires_grad and not self.leaves:
+            self._leave(found, "it follows a tensor that is trained, but no parameter")
+            return output
         if not output.requires_grad:
             leaf = output.detach().requires_grad_()
             self.leaves.append(leaf)
             output = leaf.clone()
+        elif output._is_view():
+            # A change in place gives a view another node, without the hook.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         try:
             uses = [u for u in rule(self, call, output) if u.name in self.wanted]
         except NotByExampleError as error:
@@ -328,23 +337,26 @@ def backward(outputs: Tensor, recorder: Recorder, receive: Receiver) -> None:
                     receive(use, k, use.factor(h))
 
     c = outputs.shape[1]
-    for k in range(c):
-        waiting.update(range(len(recorder.watched)))
-        if outputs.requires_grad and recorder.leaves:
-            recorder.arrived = lambda number, gradient, k=k: deliver(
-                number, k, gradient
-            )
-            # Examples do not mix, so the sum's gradient is each example's own.
-            torch.autograd.grad(
-                outputs[:, k].sum(),
-                recorder.leaves,
-                retain_graph=k + 1 < c,
-                allow_unused=True,
-            )
-        for number in sorted(waiting):
-            deliver(number, k, None)
-    recorder.arrived = None
-    recorder.uses, recorder.watched, recorder.leaves = [], [], []
+    try:
+        for k in range(c):
+            waiting.update(range(len(recorder.watched)))
+            if outputs.requires_grad and recorder.leaves:
+                recorder.arrived = lambda number, gradient, k=k: deliver(
+                    number, k, gradient
+                )
+                # Examples do not mix, so the sum's gradient is each example's own.
+                torch.autograd.grad(
+                    outputs[:, k].sum(),
+                    recorder.leaves,
+                    retain_graph=k + 1 < c,
+                    allow_unused=True,
+                )
+            for number in sorted(waiting):
+                deliver(number, k, None)
+    finally:
+        # What the uses keep leads back here: nothing would be freed.
+        recorder.arrived = None
+        recorder.uses, recorder.watched, recorder.leaves = [], [], []
 
 
 def complete(outputs: Tensor, recorder: Recorder) -> dict[str, list[Factor]]:

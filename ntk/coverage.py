@@ -3,13 +3,15 @@
 Rules on calls can be wrong in ways that raise nothing: a model may share a tensor
 between the examples of a batch, change a layer's output in place, or use a weight
 where no rule looks. So the gradient rebuilt from the factors is compared, parameter
-by parameter, with autograd's before any kernel is computed.
+by parameter, with autograd's before any kernel is computed. What only later batches
+show is not compared: see `passes`.
 """
 
 import enum
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from functools import partial
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -82,10 +84,10 @@ def services(
     """
     some = take(batch, slice(0, EXAMPLES))
     signature = _signature(function, some)
-    if signature not in (of_model := _known.setdefault(function.model, {})):
+    if signature not in _known.get(function.model, {}):
         check_alone(function, some)
-        of_model[signature] = {}
-    known = of_model[signature]
+        _known[function.model] = {signature: {}}
+    known = _known[function.model][signature]
     missing = [name for name in wanted if name not in known]
     if missing:
         known.update(_measure(function, some, missing))
@@ -98,14 +100,20 @@ def _signature(function: NetworkFunction, batch: Batch) -> object:
     return (
         tuple(sorted(batch)) if isinstance(batch, Mapping) else (),
         batch_length(batch),
-        function.outputs,
+        _held(function.outputs),
         getattr(config, "_attn_implementation", None),
         tuple((id(p), p.dtype) for p in function.parameters.values()),
         tuple(
-            (type(m), getattr(m.forward, "__func__", m.forward))
+            (type(m), _held(getattr(m.forward, "__func__", m.forward)))
             for m in model.modules()
         ),
     )
+
+
+def _held(function: Callable[..., object] | None) -> object:
+    """Return a function, by a weak reference if it may hold the model."""
+    bound = getattr(function, "__closure__", None) or isinstance(function, partial)
+    return ref(function) if bound else function
 
 
 def _measure(
@@ -221,7 +229,9 @@ def _compare(
             for name in wanted
         ]
         if mixed.requires_grad:
-            mixed[i].backward(retain_graph=i + 1 < count)
+            # Nothing but these leaves: inputs of the caller's may take gradients too.
+            own = [leaves[name] for name in wanted]
+            mixed[i].backward(inputs=own, retain_graph=i + 1 < count)
         for hook in hooks:
             hook.remove()
         for name in set(wanted) - seen:
@@ -243,7 +253,7 @@ def _agree(dtype: torch.dtype, error: float, norm: float, scale: float) -> bool:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Half of the digits: far above rounding, far below any wrong gradient."""
+    """Half of the digits: far above rounding; of 16 bits a coarse check."""
     return torch.finfo(dtype).eps ** 0.5
 
 

@@ -136,26 +136,31 @@ class Features:
             and factor.output_dim == each.of.output_dim
         ):
             (g,) = factor.g
-            out = self._room(key)[k, self._place]
+            room = self._room(key, g.dtype)
+            g, x, out = g.to(room), factor.x.to(room), room[k, self._place]
             if (kept := self._kept.get((id(use), each))) is None:
-                kept = self._kept[id(use), each] = each.prepare(factor.x)
+                kept = self._kept[id(use), each] = each.prepare(x)
             each.add(g, kept, out, first=first)  # type: ignore[arg-type]
             return
         # Used otherwise than as the layer that owns it uses it.
         gradient = dense([factor], shape).unflatten(2, shape)
         turned = gradient if each.of.output_dim == 0 else gradient.transpose(2, 3)
-        out = self._room(key)[k, self._place]
+        out = self._room(key, gradient.dtype)[k, self._place]
         if first:
             out.copy_(each.of_gradient(turned)[0])
         else:
             out += each.of_gradient(turned)[0]
 
-    def _room(self, key: Key) -> Tensor:
-        """Return the features of a map, made when first asked for."""
+    def _room(self, key: Key, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the features of a map, made when first asked for.
+
+        A model may cast a weight up before it uses it.
+        """
         if key not in self.features:
             like = self.parameters[key[0]]
-            size = key[1].size(like.shape)
-            self.features[key] = like.new_empty(self._outputs, self.n, size)
+            kind = torch.promote_types(like.dtype, dtype or like.dtype)
+            shape = (self._outputs, self.n, key[1].size(like.shape))
+            self.features[key] = like.new_empty(shape, dtype=kind)
         return self.features[key]
 
     def _nothing(self, name: str) -> Factor:

@@ -268,5 +268,8 @@ def take(batch: Batch, examples: slice) -> Batch:
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Tensor):
-        return batch.to(device)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return batch.detach().to(device)
+    return {
+        k: v.detach().to(device) if isinstance(v, Tensor) else v
+        for k, v in batch.items()
+    }

@@ -40,10 +40,17 @@ from rocoft.architecture import Architecture
 Reduction = Literal["full", "trace", "margin"]
 Kind = Literal["sgd", "signgd", "asymmetric_signgd"]
 Implementation = Literal["factors", "jacobian", "jvp"]
+
+
+def _sign(gradient: Tensor) -> Tensor:
+    """Return the sign; of no number it is no number, where torch's is 0."""
+    return torch.where(gradient.isnan(), gradient, gradient.sign())
+
+
 KINDS: dict[str, tuple[Callable[[Tensor], Tensor] | None, ...]] = {
     "sgd": (None, None),
-    "signgd": (torch.sign, torch.sign),
-    "asymmetric_signgd": (None, torch.sign),
+    "signgd": (_sign, _sign),
+    "asymmetric_signgd": (None, _sign),
 }
 REDUCTIONS = ("full", "trace", "margin")
 IMPLEMENTATIONS = {

@@ -2,7 +2,8 @@
 
 What a batch uses otherwise than the examples that were compared did is served one
 example at a time, where everything belongs to that example, and what no rule serves
-then is left to the definition.
+then is left to the definition. That needs no comparison with autograd: a single
+example shares nothing, and the uses are those that the rules know.
 """
 
 from collections.abc import Callable, Collection, Sequence

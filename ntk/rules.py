@@ -215,6 +215,8 @@ def _embedding(observer: Observer, call: Call, output: Tensor) -> list[Use]:
     if alias is None or alias.transposed or alias.rows is not None or any(unusual):
         raise NotByExampleError("it is an embedding with max_norm, sparse or scaled")
     tokens = call["input"]
+    if not tokens.ndim:
+        raise NotByExampleError("one token is looked up for all examples")
     if observer.examples > 1 and len(tokens) == 1:
         tokens = tokens.expand(observer.examples, *tokens.shape[1:])
     tokens = observer.by_example(tokens).flatten(1)

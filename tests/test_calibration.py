@@ -174,6 +174,30 @@ def test_other_parts_of_a_sum_are_untouched(bert):
         assert maps[0].columns == fixed.indices[name]
 
 
+def test_activations_are_those_of_the_layer_alone():
+    """A tied weight is also used the other way round."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.layer(x)) @ self.layer.weight)
+
+    torch.manual_seed(5)
+    model, x = Tied().double(), torch.randn(3, 4, dtype=torch.float64) * 0.1
+    space = Columns(1, strategy="activation").at("layer")
+    weight = model.layer.weight.detach()
+    scores = (weight.abs() * x.norm(dim=0)).sum(0)
+    other = (
+        weight.abs() * (x.square() + (x @ weight.T).tanh().square()).sum(0).sqrt()
+    ).sum(0)
+    assert scores.argmax() != other.argmax()
+    found = calibrate(space, model, x).indices["layer.weight"]
+    assert found == (int(scores.argmax()),)
+
+
 class Sometimes(nn.Module):
     """Two layers; the second sees only the examples that are marked, in one row."""
 

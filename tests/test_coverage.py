@@ -3,6 +3,9 @@
 Every trap here once gave a wrong kernel without an error, or could.
 """
 
+import gc
+from weakref import ref
+
 import dense
 import pytest
 import torch
@@ -11,10 +14,13 @@ from cases import BY_NAME, Lambda, Mixture
 from dense import assert_close
 from torch import nn
 
+from ntk.calibration import calibrate
 from ntk.coverage import BatchDependenceError, Service
+from ntk.factors import Matrix
+from ntk.features import Features
 from ntk.function import FunctionError
-from ntk.kernel import compute, empirical_ntk
-from ntk.spaces import Full, Rows
+from ntk.kernel import KINDS, compute, empirical_ntk
+from ntk.spaces import Columns, Full, Rows
 
 D = 5
 
@@ -112,20 +118,161 @@ def test_soft_mixture_of_several_batches():
     check(Mixture(), [x[:1], x[1:3], x[3:]])
 
 
-def overwriting():
+def overwriting(change):
+    """Change in place what a layer gives; in three dimensions that is a view."""
+
     def forward(m, x):
-        h = m.layer(x)
-        h[x[..., 0] == 0] = 0.0
+        h = change(m.layer(torch.tanh(m.before(x))), x[..., 0] == 0)
         return m.head(torch.tanh(h).sum(1))
 
-    return Lambda(forward, layer=nn.Linear(D, D), head=nn.Linear(D, 2))
+    layers = {"before": nn.Linear(D, D), "layer": nn.Linear(D, D)}
+    return Lambda(forward, **layers, head=nn.Linear(D, 2))
 
 
-def test_output_overwritten_where_later_examples_are_padded():
+def overwritten(h, padded):
+    if padded.any():
+        h[padded] = 0.0
+    return h
+
+
+def halved_part(h, padded):
+    h[..., :2].mul_(0.5)
+    return h
+
+
+CHANGES = {
+    "overwritten": overwritten,
+    "relu": lambda h, padded: torch.relu_(h),
+    "added": lambda h, padded: h.add_(1.0),
+    "scaled": lambda h, padded: h.mul_(0.5),
+    "part": halved_part,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_output_changed_in_place(change):
     x = noise(4, 3, D)
     x[2:, 1:] = 0
-    check(overwriting(), x)
-    check(overwriting(), x.flip(0))
+    for inputs in (x, x.flip(0), [x[:2], x[2:]]):
+        check(overwriting(CHANGES[change]), inputs)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_output_changed_in_place_after_other_questions(change):
+    model, x = overwriting(CHANGES[change]).double(), noise(3, 4, D)
+    for space in (Full().at("before"), Full().at("layer"), Rows(1).at("layer")):
+        compute(model, x, spaces={"": space})
+    calibrate(Rows(2, strategy="activation").at("layer"), model, x)
+    check(model, x)
+
+
+def test_examples_of_another_shape_than_were_compared():
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D), nn.ReLU(inplace=True))
+    model.append(Lambda(lambda m, h: m.last(h.flatten(1)[:, :D]), last=nn.Linear(D, 2)))
+    check(model, noise(3, D))
+    check(model, noise(3, 2, D))
+
+
+def plain():
+    return nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 2))
+
+
+def test_inputs_that_take_gradients():
+    x, model = noise(4, D), plain()
+    check(model, x)
+    trained = x.clone().requires_grad_()
+    check(model, trained)
+    check(model, [x[:2], trained[2:]])
+
+
+def test_a_trained_tensor_that_is_no_parameter():
+    hidden = noise(D)
+    model = Lambda(
+        lambda m, x: m.head(torch.tanh(m.layer(x + hidden))),
+        layer=nn.Linear(D, D),
+        head=nn.Linear(D, 2),
+    )
+    x = noise(3, D)
+    check(model, x)
+    hidden.requires_grad_()
+    check(model, x)
+    compute(model, x, spaces={"": Full()})
+    compute(model, noise(2, D), spaces={"": Full()})
+
+
+@pytest.mark.parametrize("implementation", ["factors", "jacobian"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_no_number_makes_no_kernel(kind, implementation):
+    model = Lambda(
+        lambda m, x: m.head(torch.where(x < 9, m.layer(x), (m.layer(x) * 0).sqrt())),
+        layer=nn.Linear(D, D),
+        head=nn.Linear(D, 2),
+    )
+    found = compute(
+        model.double(),
+        noise(3, D),
+        spaces={"": Full().at("layer")},
+        kind=kind,
+        implementation=implementation,
+    )
+    assert not found.kernels[""].isfinite().any()
+
+
+def test_a_weight_that_is_cast_up():
+    model = Lambda(
+        lambda m, x: m.head(F.linear(x.float(), m.layer.weight.float()).to(x.dtype)),
+        layer=nn.Linear(D, D, bias=False),
+        head=nn.Linear(D, 2),
+    ).bfloat16()
+    x = noise(3, D).bfloat16()
+    spaces = {"rows": Rows(2).at("layer"), "columns": Columns(2).at("layer")}
+    found = compute(model, x, spaces=spaces).kernels
+    wide = compute(model.double(), x.double(), spaces=spaces).kernels
+    for name in spaces:
+        assert_close(found[name].double(), wide[name].double(), 0.05)
+
+
+def test_results_that_are_single_numbers():
+    model = Lambda(
+        lambda m, x: m.head(x) * (m.scale * m.two) + m.table(torch.tensor(1)),
+        head=nn.Linear(D, 2),
+        table=nn.Embedding(3, 2),
+    )
+    model.scale = nn.Parameter(torch.tensor(0.5))
+    model.register_buffer("two", torch.tensor(2.0))
+    model, x, spaces = model.double(), noise(3, D), {"": Full()}
+    found = compute(model, x, spaces=spaces)
+    expected = compute(model, x, spaces=spaces, implementation="jacobian")
+    assert_close(found.kernels[""], expected.kernels[""])
+
+
+def test_verdicts_do_not_keep_models():
+    def asked():
+        model = plain().double()
+        for _ in range(3):
+            closure = lambda output: (model, output)[1]
+            compute(model, noise(2, D), spaces={"": Full()}, outputs=closure)
+        return ref(model)
+
+    alive = asked()
+    gc.collect()
+    assert alive() is None
+
+
+def test_an_exception_in_a_pass_leaves_nothing_behind(monkeypatch):
+    model, seen = plain().double(), []
+    compute(model, noise(2, D), spaces={"": Full()})
+
+    def fail(self, use, k, factor):
+        seen.append(ref(factor.x if isinstance(factor, Matrix) else factor.v))
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(Features, "receive", fail)
+    with pytest.raises(RuntimeError, match="stop") as caught:
+        compute(model, noise(2, D), spaces={"": Full()})
+    assert all(p.requires_grad for p in model.parameters())
+    assert seen
+    assert "stop" in str(caught.value)
 
 
 def conditional(**parts):
