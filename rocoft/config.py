@@ -146,7 +146,8 @@ class RoCoFTConfig(PeftConfig):
             raise SelectionError("axis={} names no module. Give 'row', for example.")
         _check_choice("selection", self.selection, STRATEGIES)
         _check_choice("bias", self.bias, BIASES)
-        if isinstance(self.target_modules, str) and self.layers_to_transform:
+        named = isinstance(self.target_modules, str)
+        if named and self.layers_to_transform is not None:
             raise SelectionError(
                 f"layers_to_transform={self.layers_to_transform!r} cannot be used with "
                 f"target_modules={self.target_modules!r}, which is a string. Write the "

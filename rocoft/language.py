@@ -180,6 +180,7 @@ def encode_completion(
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(given))
         labels = [IGNORED] * same + tokens[same:]
         tokens, labels = tokens[-max_length:], labels[-max_length:]
+        labels[0] = IGNORED  # Nothing stands before it that could predict it.
     ends = {tokenizer.eos_token_id, IGNORED}
     if all(label in ends for label in labels):
         raise TaskError(
@@ -217,6 +218,7 @@ def generated(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
+    max_length: int,
     batch_size: int = 16,
 ) -> list[str]:
     """Return what a model writes after each prompt, greedily.
@@ -226,6 +228,8 @@ def generated(
         tokenizer: Of the model.
         prompts: The prompts.
         max_new_tokens: Most tokens to write.
+        max_length: Most tokens that the model takes: the front of a prompt is cut so
+            that it and what is written fit, for an encoder the end of the prompt.
         batch_size: Prompts in one pass.
 
     Returns:
@@ -234,15 +238,20 @@ def generated(
     encoder_decoder = model.config.is_encoder_decoder
     device = next(model.parameters()).device
     side = tokenizer.padding_side
+    if not encoder_decoder:
+        max_new_tokens = min(max_new_tokens, max_length - 1)
     found: list[str] = []
     try:
         # What is written stands right after the prompt.
         tokenizer.padding_side = "right" if encoder_decoder else "left"
         for start in range(0, len(prompts), batch_size):
-            rows = [tokenizer(p) for p in prompts[start : start + batch_size]]
-            tokens = [row["input_ids"] for row in rows]
-            if not encoder_decoder:
-                tokens = [_unended(tokenizer, row) for row in tokens]
+            some = prompts[start : start + batch_size]
+            if encoder_decoder:
+                cut = {"truncation": True, "max_length": max_length}
+                tokens = [tokenizer(p, **cut)["input_ids"] for p in some]
+            else:
+                tokens = [_unended(tokenizer, tokenizer(p)["input_ids"]) for p in some]
+                tokens = [row[max_new_tokens - max_length :] for row in tokens]
             batch = tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(device)
             with torch.no_grad():
                 written = model.generate(

@@ -244,7 +244,8 @@ def apply_method(
             f"method {method!s} trains nothing of {type(module).__name__}, which has "
             "no such parameters."
         )
-    chosen = {*names, *(architecture.head if train_head else ())}
+    whole_head = train_head and method.kind != "probe"
+    chosen = {*names, *(architecture.head if whole_head else ())}
     for name, parameter in architecture.parameters.items():
         parameter.requires_grad_(name in chosen)
     if method.kind == "masked":
@@ -267,6 +268,10 @@ def _trained(architecture: Architecture, method: Method) -> Sequence[str]:
         return architecture.biases
     if method.kind == "masked":
         return [weight.name for weight in _targets(architecture, method)]
+    if method.kind == "probe":
+        weights = architecture.linear_weights.items()
+        last = [weight.module for name, weight in weights if name in architecture.head]
+        return [n for n in architecture.head if n.rpartition(".")[0] in last[-1:]]
     return architecture.head
 
 

@@ -27,6 +27,10 @@ EPILOG = (
 )
 
 
+NULLS = ("", "~", "null", "Null", "NULL")
+"""How YAML writes that there is no value."""
+
+
 class OptionError(ValueError):
     """An option that has no meaning, or a configuration file that cannot be read."""
 
@@ -277,15 +281,18 @@ def parse_options(given: Sequence[str]) -> Options:
         The options.
 
     Raises:
-        OptionError: If the configuration file cannot be read or names no option.
+        OptionError: If the configuration file cannot be read or names no option, or
+            options contradict each other.
     """
     parser = build_parser()
     options = _parsed(parser, given)
     if options.output.config is None:
-        return options
+        return _checked(options)
     file = Path(options.output.config)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        text = file.read_text(encoding="utf-8")
+        # As texts, like flags: YAML would make True of the label word Yes.
+        values = yaml.load(text, yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"--config {str(file)!r} cannot be read: {error}") from None
     if not isinstance(values, dict):
@@ -301,15 +308,30 @@ def parse_options(given: Sequence[str]) -> Options:
                 f"--config {str(file)!r}: {key!r} is no option. See --help."
             )
         several = value if isinstance(value, list) else [value]
-        if value is not None and several:
+        if several and value not in NULLS:
             arguments += [f"--{name}", *map(str, several)]
-    return _parsed(parser, [*arguments, *given])
+    return _checked(_parsed(parser, [*arguments, *given]))
 
 
 def _parsed(parser: HfArgumentParser, given: Sequence[str]) -> Options:
-    options = Options(
+    return Options(
         *parser.parse_args_into_dataclasses(list(given), look_for_args_file=False)
     )
+
+
+def _checked(options: Options) -> Options:
+    """Return options that agree with each other, or raise."""
+    steps, strategy = options.training.eval_steps, options.training.eval_strategy
+    if steps is not None and strategy != "steps":
+        raise OptionError(
+            f"--eval_steps {steps} has no meaning with --eval_strategy {strategy}. Add "
+            "--eval_strategy steps, or leave it out."
+        )
+    if options.output.overwrite and options.output.resume:
+        raise OptionError(
+            "--overwrite removes an earlier run and --resume continues it. Give one of "
+            "them."
+        )
     counts = {
         "max_length": options.model.max_length,
         "shots": options.task.shots,

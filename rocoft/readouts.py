@@ -71,6 +71,7 @@ class Prompted(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.config = model.config
 
     def forward(self, position: Tensor, **inputs: Tensor) -> Tensor:
         """Return ``(n, labels)`` logits at ``position``, ``(n,)``."""

@@ -6,6 +6,7 @@ checkpoint and ends with the same weights, bit for bit.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -28,13 +29,21 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import (
+    TensorBoardCallback,
+    get_reporting_integration_callbacks,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rocoft.meter import Meter, peak_memory, reset_peak_memory
 from rocoft.methods import trained_parameters
 
+LOGS = "logs"
+"""Folder of the trackers' files, in that of the search."""
 Progress = Callable[[str, int, int], None]
 """Told what is done, how many steps of it, and of how many."""
 
@@ -98,6 +107,7 @@ class Job:
         chief: The metric to choose by; more is better.
         device: Where to train.
         trainer: Kind of Trainer, and of its arguments.
+        details: What else decides the result, as JSON knows it.
     """
 
     name: str
@@ -109,6 +119,7 @@ class Job:
     chief: str
     device: torch.device
     trainer: tuple[type[Trainer], type[TrainingArguments]]
+    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,8 @@ def search(
         patience: Evaluations without a new best after which training stops; None
             trains to the end. Either way the best checkpoint counts.
         seed: Of initialisation, order of the examples and dropout.
-        folder: For checkpoints and what is finished.
+        folder: For checkpoints, what is finished, and logs. An earlier search in it
+            is removed unless it is resumed.
         resume: Continue what lies in the folder.
         progress: Told of every step.
 
@@ -157,7 +169,8 @@ def search(
 
     Raises:
         TrainingError: If the settings are no Trainer's, differ from those that the
-            folder was begun with, or every training diverged.
+            folder was begun with, the folder holds something else, or every training
+            diverged.
     """
     if not rates:
         raise TrainingError("no learning rate was given. Give one or more with --lr.")
@@ -167,7 +180,10 @@ def search(
         "arguments": dict(arguments),
         "patience": patience,
         "seed": seed,
+        "metric": job.chief,
         "examples": [len(job.train), len(job.dev)],
+        "examples_sha256": _sha256([*job.train, *job.dev]),
+        **job.details,
     }
     _agree(folder, settings, resume)
     runs = []
@@ -251,10 +267,23 @@ def _agree(folder: Path, settings: dict[str, Any], resume: bool) -> None:
                 + ". Start with the same ones, or elsewhere."
             )
         return
-    if folder.exists():
+    if file.is_file():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise TrainingError(
+            f"folder={str(folder)!r} holds files but no earlier search: it has no "
+            "settings.json. Give an empty folder or a new one."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(file, text)
+
+
+def _sha256(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Return a checksum of encoded examples in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _arguments(
@@ -295,6 +324,7 @@ def _trainer(
     options: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
+    _check_trackers(options)
     trainer = job.trainer[0](
         model,
         options,
@@ -305,7 +335,25 @@ def _trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    place = Path(str(options.output_dir))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            # Beside the checkpoints it would be removed with them.
+            callback.logging_dir = str(place.with_name(LOGS) / place.name)
     return trainer
+
+
+def _check_trackers(options: TrainingArguments) -> None:
+    trackers: Any = options.report_to  # A list by now.
+    for tracker in trackers:
+        try:
+            for kind in get_reporting_integration_callbacks([tracker]):
+                kind()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise TrainingError(
+                f"tracker {tracker!r} of report_to cannot be used: {error} Install "
+                "it, choose another, or leave --report_to out."
+            ) from error
 
 
 def _train(
@@ -329,7 +377,12 @@ def _train(
         own_peak = reset_peak_memory(job.device)
         with _only_trained_is_saved(model):
             trainer = _trainer(job, model, options, callbacks)
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+            if checkpoint is not None and _has_ended(checkpoint):
+                _take_best(trainer, checkpoint)
+                loss = float("nan")  # Of steps that were not taken here.
+            else:
+                result = trainer.train(resume_from_checkpoint=checkpoint)
+                loss = result.training_loss
     weights = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in trained_parameters(model).items()
@@ -344,7 +397,7 @@ def _train(
         "dev": next((e for e in history if e["step"] == state.best_global_step), None),
         "steps": state.global_step,
         "epochs": state.epoch,
-        "train_loss": _finite(result.training_loss),
+        "train_loss": _finite(loss),
         "seconds_per_step": meter.seconds,
         "steps_timed": len(meter.times),
         "peak_memory_bytes": peak_memory(job.device),
@@ -400,19 +453,40 @@ def _only_trained_is_saved(model: nn.Module) -> Iterator[None]:
 def _last_checkpoint(folder: Path) -> str | None:
     """Return the newest checkpoint that was written to its end."""
     found = {
-        int(path.parent.name.rpartition("-")[2]): path.parent
-        for path in folder.glob("checkpoint-*/trainer_state.json")
-        if _is_json(path)  # It is written last.
+        int(path.name.rpartition("-")[2]): path
+        for path in folder.glob("checkpoint-*")
+        if _is_whole(path)
     }
     return str(found[max(found)]) if found else None
 
 
-def _is_json(path: Path) -> bool:
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether nothing is missing, be it not written yet or partly removed."""
+    needed = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "*.safetensors")
     try:
-        json.loads(path.read_text())
-    except ValueError:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
         return False
-    return True
+    return all(any(checkpoint.glob(name)) for name in needed)
+
+
+def _has_ended(checkpoint: str) -> bool:
+    """Whether training was over when the checkpoint was written."""
+    # The Trainer would take one more step before it looked.
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    control: Any = state.stateful_callbacks.get("TrainerControl", {})
+    stopped = control.get("args", {}).get("should_training_stop", False)
+    return stopped or state.global_step >= state.max_steps
+
+
+def _take_best(trainer: Trainer, checkpoint: str) -> None:
+    """Put a Trainer where it was when training had ended, the best weights loaded."""
+    place = Path(checkpoint)
+    trainer.state = TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
+    best = trainer.state.best_global_step
+    if best:
+        trainer.state.best_model_checkpoint = str(place.with_name(f"checkpoint-{best}"))
+        trainer._load_best_model()
 
 
 def _put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

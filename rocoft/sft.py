@@ -4,7 +4,7 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,13 @@ from rocoft.search import (
     search,
 )
 from rocoft.selection import DATA_STRATEGIES
-from rocoft.trainer import CALIBRATION, FineTuned, count_parameters, searched
+from rocoft.trainer import (
+    CALIBRATION,
+    FineTuned,
+    check_weight_decay,
+    count_parameters,
+    searched,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,13 @@ class LanguageModel:
     def encoder_decoder(self) -> bool:
         """Whether the prompt goes to an encoder."""
         return bool(self.model.config.is_encoder_decoder)
+
+    def truncated(self, examples: Sequence[Completion]) -> int:
+        """Return how many examples are longer than ``max_length`` tokens."""
+        whole = replace(self, max_length=10**9)
+        rows = (_encoded(whole, e.prompt, e.completion) for e in examples)
+        lengths = (max(len(row["input_ids"]), len(row["labels"])) for row in rows)
+        return sum(length > self.max_length for length in lengths)
 
 
 def load_language_model(
@@ -144,6 +157,8 @@ def fine_tune_language(
         raise TrainingError(
             "method 'probe' fits a classification head; a language model has none."
         )
+    check_weight_decay(method, arguments or {})
+    readout = "seq2seq" if start.encoder_decoder else "causal"
     dev = _every_choice(start, data.dev)
     with contextlib.ExitStack() as stack:
         stack.enter_context(own_random_numbers(seed))
@@ -160,6 +175,12 @@ def fine_tune_language(
                 chief="accuracy" if data.multiple_choice else "log_likelihood",
                 device=next(start.model.parameters()).device,
                 trainer=(CompletionTrainer, TrainingArguments),
+                details={
+                    "split_seed": data.seed,
+                    "readout": readout,
+                    "choices": [len(example.choices) for example in data.dev],
+                    "answers": [example.answer for example in data.dev],
+                },
             ),
             LEARNING_RATES[method.kind] if lrs is None else lrs,
             arguments=arguments or {},
@@ -182,7 +203,7 @@ def fine_tune_language(
         "labels": [],
         "source": data.source,
         "model": start.name,
-        "readout": "seq2seq" if start.encoder_decoder else "causal",
+        "readout": readout,
         "examples": {
             part: len(getattr(data, part)) for part in ("train", "dev", "test")
         },
@@ -199,8 +220,16 @@ def fine_tune_language(
 class CompletionTrainer(OrderedTrainer):
     """A Trainer whose evaluations keep two numbers of each text, not its logits.
 
-    They are the sum of its labels' log-likelihoods and their count.
+    They are the sum of its labels' log-likelihoods and their count. The loss is the
+    mean over all labels of an optimizer step, however many batches they lie in.
     """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Else labels are not counted for models whose own loss takes no count.
+        self.model_accepts_loss_kwargs = True
 
     def compute_loss(
         self,
@@ -209,7 +238,7 @@ class CompletionTrainer(OrderedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the model's own loss, and the two numbers if outputs are asked for.
+        """Return the loss, and the two numbers if outputs are asked for.
 
         Args:
             model: The model.
@@ -220,15 +249,26 @@ class CompletionTrainer(OrderedTrainer):
         Returns:
             The loss, or a pair.
         """
+        assert num_items_in_batch is not None
         labels = inputs["labels"]
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not return_outputs:
-            return loss
         config: Any = getattr(self.model, "config", None)
         shifted = not config.is_encoder_decoder
-        return loss, {
-            "logits": log_likelihoods(outputs.logits, labels, shifted=shifted)
-        }
+        # Encoder-decoders make the decoder's inputs of them.
+        given = {k: v for k, v in inputs.items() if k != "labels" or not shifted}
+        outputs = model(**given)
+        sums = log_likelihoods(outputs.logits, labels, shifted=shifted)
+        loss = -sums[:, 0].sum() / num_items_in_batch
+        if self.label_smoother is not None:
+            loss = self.label_smoother(
+                outputs,
+                labels,
+                shift_labels=shifted,
+                num_items_in_batch=num_items_in_batch,
+            )
+        if self.args.average_tokens_across_devices:
+            # Gradients are averaged over the processes, labels counted in all.
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"logits": sums}) if return_outputs else loss
 
 
 def _prepared(start: LanguageModel, data: Completions, method: Method) -> nn.Module:
@@ -297,6 +337,7 @@ def _generation_scores(
         start.tokenizer,
         [example.prompt for example in examples],
         max_new_tokens=max(lengths),
+        max_length=start.max_length,
     )
     return text_scores(texts, [example.completion for example in examples])
 

@@ -19,6 +19,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 DEFAULT_TASK = "reviews"
+TABLES = (".csv", ".tsv")
 SCORE = "score"
 """The name of a regression's label."""
 
@@ -206,6 +207,7 @@ def load_file(
             and ``text_b``) and ``label``, in UTF-8.
         prompt: For language models.
         regression: Whether labels may be real numbers; they are refused otherwise.
+            A table's are if one of them is no whole number.
 
     Returns:
         The task; train and test examples are both drawn from it.
@@ -408,7 +410,7 @@ def _check_columns(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
     kind = path.suffix.lower()
-    if kind not in {".jsonl", ".json", ".csv", ".tsv"}:
+    if kind not in {".jsonl", ".json", *TABLES}:
         raise TaskError(
             f"file {str(path)!r} must end in .jsonl, .csv or .tsv, not {kind!r}."
         )
@@ -425,7 +427,7 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
             f"file {str(path)!r} is not UTF-8: byte {error.object[error.start]:#04x} "
             f"at position {error.start}. Save it as UTF-8."
         ) from None
-    if kind in {".csv", ".tsv"}:
+    if kind in TABLES:
         lines = io.StringIO(text, newline="")
         return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
     return list(_json_rows(text, path))
@@ -459,19 +461,31 @@ def _score(label: object, path: Path) -> float:
     return score
 
 
+def _is_real(label: object, table: bool) -> bool:
+    """Whether a label is a real number; in a table, of texts, one with a fraction."""
+    if not table:
+        return isinstance(label, float)
+    try:
+        number = float(str(label))
+    except ValueError:
+        return False
+    return math.isfinite(number) and not number.is_integer()
+
+
 def _classes(
     rows: Sequence[Mapping[str, Any]], path: Path, regression: bool = False
 ) -> dict[str, str]:
     """Return label values and their names, numbers in their order, else sorted."""
     _check_columns(rows, path)
-    if regression and any(isinstance(row["label"], float) for row in rows):
+    table = path.suffix.lower() in TABLES
+    real = [row["label"] for row in rows if _is_real(row["label"], table)]
+    if real and regression:
         return {SCORE: SCORE}
-    for row in rows:
-        if isinstance(row["label"], float):
-            raise TaskError(
-                f"file {str(path)!r} has labels that are no classes, such as "
-                f"{row['label']}. Regression is not supported."
-            )
+    if real:
+        raise TaskError(
+            f"file {str(path)!r} has labels that are no classes, such as "
+            f"{real[0]}. Regression is not supported."
+        )
     named = {str(r["label"]): str(r.get("label_name") or r["label"]) for r in rows}
     if len(named) < 2:
         raise TaskError(

@@ -24,9 +24,10 @@ from typing import Any
 
 import yaml
 
+from rocoft.methods import parse_method
 from rocoft.options import OptionError, Options, parse_options
 from rocoft.results import RECORD
-from rocoft.search import write_text
+from rocoft.search import LOGS, write_text
 from rocoft.tasks import DEFAULT_TASK
 
 USAGE_ERROR = 2
@@ -79,6 +80,8 @@ def _run(options: Options, given: list[str]) -> None:
             **tuned.record,
         }
         write_results(folder, tuned, tokenizer, record)
+    if (folder / SEARCH / LOGS).is_dir():
+        shutil.copytree(folder / SEARCH / LOGS, folder / LOGS, dirs_exist_ok=True)
     shutil.rmtree(folder / SEARCH, ignore_errors=True)
     _show(record, folder, options)
 
@@ -97,6 +100,7 @@ def _nothing_left_of_a_false_start(folder: Path) -> Iterator[None]:
 def _begin(options: Options) -> Path:
     """Return the folder of the run, begun with its resolved options."""
     spec = options.spec()
+    parse_method(spec)  # A mistyped one must cost no earlier run.
     given = options.output
     model = "minilm" if options.model.model is None else Path(options.model.model).name
     data = options.task.data
@@ -177,6 +181,7 @@ def _tuned(
         device=given.device,
         dtype=getattr(torch, given.dtype),
     )
+    _check_prompt(options, split, backbone)
     if not quiet:
         for line in _opening(split, backbone, options):
             print(line)  # noqa: T201
@@ -196,6 +201,9 @@ def _tuned_language(
     given, task = options.model, options.task
     file = Path(str(task.data))
     refused = {
+        "--task": task.task,
+        "--data_dir": task.data_dir,
+        "--head_init": None if given.head_init == "random" else given.head_init,
         "--shots": task.shots,
         "--template": task.template,
         "--label_words": task.label_words or None,
@@ -225,6 +233,12 @@ def _tuned_language(
             f"{len(data.dev)} dev and {len(data.test)} test examples\n"
             f"method: {options.spec()}"
         )
+        examples = [*data.train, *data.dev, *data.test]
+        if cut := start.truncated(examples):
+            print(  # noqa: T201
+                f"note: {cut} of {len(examples)} examples were cut to "
+                f"{start.max_length} tokens"
+            )
     tuned = fine_tune_language(start, data, options.spec(), **common)
     return tuned, start.tokenizer
 
@@ -233,11 +247,13 @@ def _task(options: Options) -> Any:
     from rocoft.tasks import Prompt, load_file, load_task
 
     given = options.task
-    if given.data is not None and given.task is not None:
-        raise OptionError(
-            f"--data {given.data!r} and --task {given.task!r} both name examples. Give "
-            "one of them."
-        )
+    others = {"--task": given.task, "--data_dir": given.data_dir}
+    for name, value in others.items():
+        if given.data is not None and value is not None:
+            raise OptionError(
+                f"--data {given.data!r} and {name} {value!r} both name examples. Give "
+                "one of them."
+            )
     if given.data is not None:
         task = load_file(Path(given.data), regression=True)
     else:
@@ -253,8 +269,22 @@ def _task(options: Options) -> Any:
                 f"labels {', '.join(task.labels)}; got {template!r} and {words}."
             )
         causal = template.partition("{mask}")[0].rstrip()
+        if old is not None and not given.template:
+            causal = old.causal
         task = replace(task, prompt=Prompt(template, words, causal))
     return task
+
+
+def _check_prompt(options: Options, split: Any, backbone: Any) -> None:
+    """Refuse a template of which a causal model would not see the whole example."""
+    if options.task.template is None or backbone.readout != "causal":
+        return
+    fields = ["{a}"] if split.train[0].b is None else ["{a}", "{b}"]
+    if lost := [field for field in fields if field not in backbone.prompt.causal]:
+        raise OptionError(
+            f"--template {options.task.template!r} has no {' and '.join(lost)} before "
+            "{mask}, and a causal model reads no further. Put {mask} at the end."
+        )
 
 
 def _split(options: Options, task: Any) -> Any:

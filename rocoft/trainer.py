@@ -103,7 +103,8 @@ def fine_tune(
             generators are left as they were.
         metrics: Names of `rocoft.metrics`, the first to choose by; None means the
             task's.
-        folder: For checkpoints; None means a temporary one.
+        folder: For checkpoints, empty or of an earlier search; None means a temporary
+            one.
         resume: Continue in ``folder``, with weights equal bit for bit to those of a
             training that was not interrupted.
         progress: Told of every step.
@@ -143,6 +144,7 @@ def fine_tune(
     if method.kind == "probe":
         return _probe(backbone, split, method, names, start)
     given = dict(arguments or {})
+    check_weight_decay(method, given)
     # The Trainer switches it on for the library's own models alone.
     checkpointing = bool(given.pop("gradient_checkpointing", False))
     with contextlib.ExitStack() as stack:
@@ -160,6 +162,11 @@ def fine_tune(
                 chief=names[0],
                 device=_device(backbone.module),
                 trainer=(ReadoutTrainer, TrainingArguments),
+                details={
+                    "split_seed": split.seed,
+                    "readout": backbone.readout,
+                    "label_words": backbone.prompt and list(backbone.prompt.words),
+                },
             ),
             LEARNING_RATES[method.kind] if lrs is None else lrs,
             arguments=given,
@@ -179,6 +186,25 @@ def fine_tune(
     }
     record["arguments"]["gradient_checkpointing"] = checkpointing
     return FineTuned(found.model, method, logits, labels, record)
+
+
+def check_weight_decay(method: Method, arguments: Mapping[str, Any]) -> None:
+    """Refuse weight decay where it would move weights that are not selected.
+
+    Args:
+        method: What is trained.
+        arguments: Of the Trainer.
+
+    Raises:
+        TrainingError: If a masked method is to decay.
+    """
+    decay = arguments.get("weight_decay") or 0.0
+    if method.kind == "masked" and decay:
+        raise TrainingError(
+            f"weight_decay={decay} would shrink whole weights, of which method "
+            f"{str(method)!r} trains a part. Leave it at 0, or train "
+            f"{str(replace(method, kind='rocoft'))!r}, which decays that part alone."
+        )
 
 
 def searched(found: Found) -> dict[str, Any]:
@@ -379,6 +405,6 @@ def _device(module: nn.Module) -> torch.device:
 
 def _original(name: str) -> str:
     """Return the name that a parameter had before peft wrapped its module."""
-    return name.removeprefix("base_model.model.").replace(
-        ".modules_to_save.default", ""
-    )
+    # In a `Prompted` it is a part of the module that is wrapped.
+    unwrapped = name.replace("base_model.model.", "", 1)
+    return unwrapped.replace(".modules_to_save.default", "")

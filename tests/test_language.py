@@ -1,13 +1,15 @@
 """Prompts and completions: what is learnt of them, and models that learn them."""
 
+import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 import transformers as tf
-from cases import T5, sizes
+from cases import BART, GPT2, T5, sizes
 from dense import assert_close
 
 from rocoft import train
@@ -208,7 +210,9 @@ def test_a_causal_model_learns_completions_and_writes_them(stories, method):
     assert trained["log_likelihood"] > untrained["log_likelihood"] / 3, record
     assert trained["loss"] < untrained["loss"] / 3
     assert record["test"]["token_f1"] > 0.5
-    text = generated(tuned.model, start.tokenizer, ["Lily saw a"], max_new_tokens=12)
+    text = generated(
+        tuned.model, start.tokenizer, ["Lily saw a"], max_new_tokens=12, max_length=64
+    )
     assert text[0].strip().startswith(("big red dog.", "little blue bird."))
     for name, parameter in start.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
@@ -269,7 +273,9 @@ def test_an_encoder_decoder_learns_to_translate(t5, method):
 def test_writing_in_batches_is_writing_one_by_one():
     start = load_language_model(str(STORIES))
     prompts = ["Once upon a time", "Lily", "The big dog ran to the park and"]
-    together = generated(start.model, start.tokenizer, prompts, max_new_tokens=12)
+    together = generated(
+        start.model, start.tokenizer, prompts, max_new_tokens=12, max_length=64
+    )
     for prompt, text in zip(prompts, together, strict=True):
         tokens = start.tokenizer(prompt, return_tensors="pt")["input_ids"]
         alone = start.model.generate(tokens, max_new_tokens=12, do_sample=False)
@@ -277,6 +283,114 @@ def test_writing_in_batches_is_writing_one_by_one():
         expected = start.tokenizer.decode(written, skip_special_tokens=True)
         assert text == expected
     assert start.tokenizer.padding_side == "right"
+
+
+@pytest.fixture
+def gpt2(words):
+    config = tf.GPT2Config(**{**sizes(GPT2), "n_positions": 12, "eos_token_id": 1})
+    model = tf.GPT2LMHeadModel(config).eval()
+    return LanguageModel("tiny GPT-2", model, words, 12)
+
+
+def lengths_of(*numbers):
+    """Return completions whose prompts have so many words."""
+    return [Completion("a b c d e f g h "[: 2 * n], (" one two",)) for n in numbers]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_long_prompts_are_cut_where_texts_are_written(request, kind):
+    start = request.getfixturevalue(kind)
+    prompt = "a b c d e f g h " * 4
+    options = {"max_new_tokens": 4, "max_length": 12}
+    (found,) = generated(start.model, start.tokenizer, [prompt], **options)
+    # A causal model answers at the end of the prompt, an encoder reads its front.
+    cut = " ".join(prompt.split()[-8:] if kind == "gpt2" else prompt.split()[:11])
+    assert [found] == generated(start.model, start.tokenizer, [cut], **options)
+
+
+def test_a_model_is_tested_on_prompts_beyond_its_positions(gpt2):
+    examples = lengths_of(3, 8) + [Completion("a b c d " * 6, (" one two",))]
+    assert gpt2.truncated(examples) == 1
+    data = Completions("long", *[tuple(examples)] * 3, 0, "")
+    arguments = {"num_train_epochs": 1}
+    tuned = fine_tune_language(gpt2, data, "rows:1", lrs=[1e-3], arguments=arguments)
+    assert "exact_match" in tuned.record["test"]
+
+
+def test_the_first_token_is_not_learnt(words):
+    encoded = encode_completion(
+        words, "a", " one two three", max_length=3, encoder_decoder=False
+    )
+    assert words.convert_ids_to_tokens(encoded["input_ids"]) == ["two", "three", "</s>"]
+    assert encoded["labels"] == [IGNORED, *encoded["input_ids"][1:]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_accumulated_steps_are_one_large_step(request, kind, smoothing):
+    """One step of plain gradient descent on the mean over all labels."""
+    start = request.getfixturevalue(kind)
+    for module in start.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ends = (" one", " two three four one", " four one", " three two one")
+    pairs = [Completion("a b c"[:n], (end,)) for n in (1, 3) for end in ends]
+    data = Completions("few", *[tuple(pairs)] * 3, 0, "")
+    arguments = {
+        "max_steps": 1,
+        "optim": "sgd",
+        "warmup_steps": 0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "label_smoothing_factor": smoothing,
+    }
+    model = copy.deepcopy(start.model)
+    total, count = 0.0, 0
+    for pair in pairs:
+        encoded = encode_completion(
+            start.tokenizer,
+            pair.prompt,
+            pair.completion,
+            max_length=start.max_length,
+            encoder_decoder=start.encoder_decoder,
+        )
+        row = {key: torch.tensor([value]) for key, value in encoded.items()}
+        odds = model(**row).logits[0].log_softmax(-1)
+        labels = row["labels"][0]
+        odds, labels = (odds, labels) if kind == "t5" else (odds[:-1], labels[1:])
+        for each, label in zip(odds, labels, strict=True):
+            if label != IGNORED:
+                total = total - (1 - smoothing) * each[label] - smoothing * each.mean()
+                count += 1
+    (total / count).backward()
+    for size, passes in ((8, 1), (2, 4), (3, 3)):
+        arguments |= {"per_device_train_batch_size": size}
+        arguments |= {"gradient_accumulation_steps": passes}
+        tuned = fine_tune_language(start, data, "full", lrs=[0.5], arguments=arguments)
+        for (name, found), by_hand in zip(
+            tuned.model.named_parameters(), model.parameters(), strict=True
+        ):
+            expected = (by_hand - 0.5 * by_hand.grad).detach()
+            torch.testing.assert_close(
+                found.detach(),
+                expected,
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda m, name=name, size=size: f"{name}, {size} a pass: {m}",
+            )
+
+
+def test_bart_learns_with_smoothed_labels(words):
+    config = tf.BartConfig(**{**sizes(BART), "eos_token_id": 1})
+    model = tf.BartForConditionalGeneration(config).eval()
+    start = LanguageModel("tiny BART", model, words, 16)
+    data = Completions("few", *[tuple(lengths_of(1, 2, 3, 4))] * 3, 0, "")
+    arguments = {"num_train_epochs": 20, "label_smoothing_factor": 0.1}
+    tuned = fine_tune_language(
+        start, data, "rows:2", lrs=[0.0, 5e-2], arguments=arguments
+    )
+    untrained, trained = (run["dev"] for run in tuned.record["learning_rates"])
+    assert trained["loss"] < untrained["loss"]
 
 
 @needs_stories
@@ -292,7 +406,26 @@ def test_the_command_trains_on_prompts(stories, tmp_path, capsys):
     assert set(record["test"]) == {"log_likelihood", "exact_match", "token_f1"}
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"
-    assert "token_f1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "token_f1" in printed
+    assert "were cut" not in printed
+
+
+@needs_stories
+def test_the_command_says_how_many_prompts_were_cut(stories, tmp_path, capsys):
+    code = train.main(
+        f"--model {STORIES} --data {stories} --rows 2 --lr 1e-2 --max_steps 1 "
+        f"--max_length 12 --output_dir {tmp_path / 'runs'} --name a".split()
+    )
+    assert code == 0
+    note = re.search(
+        r"note: (\d+) of 32 examples were cut to 12", capsys.readouterr().out
+    )
+    tokenizer = tf.AutoTokenizer.from_pretrained(STORIES)
+    texts = [e.prompt + e.completion for e in read_completions(stories)]
+    # The end of the text is a token, too.
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]
+    assert int(note[1]) == sum(length > 12 for length in lengths) > 0
 
 
 # Files.

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from cases import BY_NAME
+from cases import BY_NAME, SHORT, sizes
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -224,3 +224,12 @@ def test_refused(classifier):
     llama = BY_NAME["llama"].build()
     with pytest.raises(SelectionError, match="bitfit trains nothing of Llama"):
         applied(llama, "bitfit", train_head=False)
+
+
+def test_a_probe_trains_the_last_layer_of_a_deep_head():
+    config = tf.RobertaConfig(**sizes(SHORT), num_labels=2)
+    module = tf.RobertaForSequenceClassification(config)
+    # The head is two layers, dense and out_proj.
+    found = trained_parameters(applied(module, "probe"))
+    assert set(found) == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
+    assert len(trained_parameters(applied(module, "head"))) == 4

@@ -219,6 +219,10 @@ def test_targets(options, modules):
             {"target_modules": "all-linear", "layers_to_transform": [0]},
             "cannot be used with target_modules='all-linear'",
         ),
+        (
+            {"target_modules": ".*query", "layers_to_transform": 0},
+            "layers_to_transform=0 cannot be used with target_modules",
+        ),
         ({"indices": {}}, "names no module"),
         ({"indices": {"a": {"row": [1]}}}, "must map 'rows' and 'columns'"),
         ({"indices": {"a": {"rows": [1, 1]}}}, "negative or repeated"),

@@ -258,6 +258,30 @@ def test_refused_table_without_its_column(tmp_path):
         load_file(file)
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_scores_of_a_table_are_real_numbers(tmp_path, kind):
+    file, between = tmp_path / f"task.{kind}", {"csv": ",", "tsv": "\t"}[kind]
+    labels = ["3.8", "4", "0.5", "1e-1"]
+    rows = [("text", "label"), *((f"text {label}", label) for label in labels)]
+    file.write_text("".join(between.join(row) + "\n" for row in rows))
+    task = load_file(file, regression=True)
+    assert task.regression
+    assert [e.label for e in task.train] == [3.8, 4.0, 0.5, 0.1]
+    with pytest.raises(TaskError, match=r"such as 3.8. Regression is not supported"):
+        load_file(file)
+    file.write_text(f"text{between}label\na{between}0.5\nb{between}n/a\n")
+    with pytest.raises(TaskError, match="the label 'n/a' beside real numbers"):
+        load_file(file, regression=True)
+
+
+@pytest.mark.parametrize("labels", ["0 1", "0.0 1.0", "nan inf", "v1.5 v2.5"])
+def test_other_labels_of_a_table_are_classes(tmp_path, labels):
+    file = tmp_path / "task.csv"
+    file.write_text("text,label\n" + "".join(f"a,{x}\n" for x in labels.split()))
+    task = load_file(file, regression=True)
+    assert sorted(task.labels) == sorted(labels.split())
+
+
 def test_refused_encoding(tmp_path):
     file = tmp_path / "latin.csv"
     file.write_bytes("text,label\ncafé,0\n".encode("latin-1"))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from rocoft import train
 from rocoft.backbone import embedded_folder
 from rocoft.options import OptionError, build_parser, parse_options
 from rocoft.readouts import MeanPooled
+from rocoft.tasks import PROMPTS, Prompt
 
 QUICK = ["--lr", "1e-2", "--num_train_epochs", "2", "--device", "cpu"]
 
@@ -249,6 +251,17 @@ def test_a_killed_run_goes_on_to_the_same_weights(asked, spec):
     assert timed < records[0]["learning_rates"][1]["steps_timed"], "it began anew"
 
 
+def test_overwriting_costs_no_run_by_accident(asked, capsys):
+    options = [*asked, *QUICK, "--name", "a", "--quiet"]
+    assert run(*options, "--rows", 1) == 0
+    made = (asked[-1] / "a" / "results.json").read_bytes()
+    assert run(*options, "--rows", 1, "--overwrite", "--resume") == 2
+    assert "--overwrite removes an earlier run" in capsys.readouterr().err
+    assert run(*options, "--method", "nothing", "--overwrite") == 2
+    assert "'nothing' is none of rows" in capsys.readouterr().err
+    assert (asked[-1] / "a" / "results.json").read_bytes() == made
+
+
 def test_a_finished_run_is_shown_again(asked, capsys):
     options = [*asked, *QUICK, "--rows", 1, "--name", "a"]
     assert run(*options) == 0
@@ -289,6 +302,29 @@ def test_flags_win_over_the_file(tmp_path):
     assert options.training.num_train_epochs == 7.0
     assert options.training.bf16
     assert not parse_options(["--config", str(file), "--bf16", "False"]).training.bf16
+
+
+def test_words_of_the_file_are_words(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "label_words: [Yes, No]\nbf16: yes\nseed: 012\ntemplate: ~\nshots: null\n"
+        "test_size:\nlr: []\n"
+    )
+    options = parse_options(["--config", str(file)])
+    assert options.task.label_words == ["Yes", "No"]
+    assert options.training.bf16
+    assert options.task.seed == 12
+    assert options.task.template is options.task.shots is options.task.test_size is None
+
+
+def test_flags_and_file_are_judged_together(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("eval_strategy: steps\n")
+    options = parse_options(["--config", str(file), "--eval_steps", "5"])
+    assert options.training.eval_steps == 5
+    file.write_text("resume: true\n")
+    with pytest.raises(OptionError, match="Give one of them"):
+        parse_options(["--config", str(file), "--overwrite"])
 
 
 def test_the_resolved_options_are_a_configuration(asked):
@@ -345,6 +381,9 @@ def test_methods_by_flags(flags, spec):
         ("--strategy best", "best"),
         ("--model /nowhere/at/all", "could not be loaded"),
         ("--eval_strategy steps --eval_steps 5 --device nowhere", "device='nowhere'"),
+        ("--eval_steps 5", "--eval_steps 5 has no meaning with --eval_strategy epoch"),
+        ("--data_dir elsewhere", "--data_dir 'elsewhere' both name examples"),
+        ("--report_to pigeon", "tracker 'pigeon' of report_to cannot be used"),
     ],
 )
 def test_refused_options(asked, capsys, flags, message):
@@ -361,8 +400,59 @@ def test_prompts_need_a_language_model(tmp_path, capsys):
     options = ["--data", file, "--output_dir", tmp_path, "--quiet"]
     assert run(*options, "--name", "a") == 2
     assert "which the embedded MiniLM cannot complete" in capsys.readouterr().err
-    assert run(*options, "--name", "b", "--shots", 4) == 2
-    assert "--shots has no meaning" in capsys.readouterr().err
+    for name, value in (
+        ("--shots", 4),
+        ("--task", "sst2"),
+        ("--data_dir", "."),
+        ("--head_init", "probe"),
+    ):
+        assert run(*options, "--name", "b", name, value) == 2
+        assert f"{name} has no meaning" in capsys.readouterr().err
+
+
+# Prompts.
+
+
+def task_of(folder, name, *options):
+    """Return a task with two pairs of texts as the command reads it."""
+    place = folder / name
+    place.mkdir(exist_ok=True)
+    rows = [{"text_a": "a", "text_b": "b", "label": i} for i in range(3)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (place / "train.jsonl").write_text(text)
+    given = ["--task", name, "--data_dir", str(folder), *options]
+    return train._task(parse_options(given))
+
+
+def test_other_label_words_keep_the_causal_prompt(tmp_path):
+    words = ["--label_words", "True", "Perhaps", "False"]
+    prompt = task_of(tmp_path, "mnli", *words).prompt
+    assert prompt == replace(PROMPTS["mnli"], words=("True", "Perhaps", "False"))
+    template = ["--template", "{a} So {b}? {mask}"]
+    prompt = task_of(tmp_path, "mnli", *template).prompt
+    assert prompt == Prompt(template[1], PROMPTS["mnli"].words, "{a} So {b}?")
+
+
+def test_a_causal_model_must_see_the_whole_example(place, tmp_path, capsys):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = checkpoint(tmp_path / "model", "BertLMHeadModel", is_decoder=True)[0]
+    words = ["--label_words", "dull", "fine"]
+    asked = ["--model", model, "--output_dir", tmp_path, *QUICK, *words, "--quiet"]
+    pairs = tmp_path / "pairs.tsv"
+    rows = [f"film {i}\tplay\t{i % 2}\n" for i in range(40)]
+    pairs.write_text("text_a\ttext_b\tlabel\n" + "".join(rows))
+    for data, template, lost in (
+        (place.data, "{mask} {a}", "{a}"),
+        (pairs, "{a} {mask} {b}", "{b}"),
+        (pairs, "it was {mask} {a} {b}", "{a} and {b}"),
+    ):
+        options = [*asked, "--data", data, "--template", template, "--name", "a"]
+        assert run(*options) == 2
+        error = capsys.readouterr().err
+        assert f"has no {lost} before {{mask}}" in error, error
+    options = [*asked, "--data", pairs, "--template", "{a} {b} it {mask}"]
+    assert run(*options, "--name", "b") == 0
 
 
 def test_help_says_unit_default_and_effect_of_every_option():

@@ -29,7 +29,7 @@ from rocoft.tasks import (
     full_split,
     load_file,
 )
-from rocoft.trainer import fine_tune
+from rocoft.trainer import count_parameters, fine_tune
 
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is absent")
 QUICK = {"num_train_epochs": 2, "per_device_train_batch_size": 4}
@@ -377,26 +377,29 @@ def test_refused(backbone, split):
         fine_tune(backbone, split, "rows:1", lrs=[])
 
 
-def test_other_settings_are_refused_on_resumption(backbone, split, tmp_path):
-    options = {"arguments": QUICK, "folder": tmp_path / "search", "resume": True}
-    fine_tune(backbone, split, "rows:1", lrs=[1e-2], **options)
-    with pytest.raises(
-        TrainingError, match="begun with other settings: seed 0 there, 1"
-    ):
-        fine_tune(backbone, split, "rows:1", lrs=[1e-2], seed=1, **options)
-    with pytest.raises(TrainingError, match="name rows:1, tiny, .* there, columns:1"):
-        fine_tune(backbone, split, "columns:1", lrs=[1e-2], **options)
+def test_weight_decay_of_masked_gradients_is_refused(backbone, split):
+    arguments = {**QUICK, "weight_decay": 0.1}
+    with pytest.raises(TrainingError, match=r"weight_decay=0.1 .* train 'rows:2',"):
+        fine_tune(backbone, split, "masked rows:2", lrs=[1e-2], arguments=arguments)
 
 
-def test_a_checkpoint_that_was_cut_short_is_not_used(backbone, split, tmp_path):
-    from rocoft.search import _last_checkpoint
-
-    for step, text in ((5, '{"a": 1}'), (10, '{"a":'), (7, '{"a": 2}')):
-        place = tmp_path / f"checkpoint-{step}"
-        place.mkdir()
-        (place / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-12").mkdir()
-    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
+def test_biases_of_a_language_models_head_are_of_the_head(tmp_path):
+    folder = checkpoint(tmp_path / "masked", "BertForMaskedLM")[0]
+    prompt = replace(SENTIMENT, template="{a} it was {mask}")
+    backbone = load_backbone(folder, reviews(4, prompt=prompt))
+    biases = {
+        name: parameter.numel()
+        for name, parameter in backbone.module.named_parameters()
+        if name.endswith("bias")
+    }
+    of_head = sum(count for name, count in biases.items() if ".cls." in name)
+    for method in ("rows:3+bias", "bitfit"):
+        model = copy.deepcopy(backbone.module)
+        model = apply_method(model, parse_method(method), train_head=False)
+        found = count_parameters(model, backbone.module)
+        assert found["head"] == of_head > 0, method
+        rows = 2 * 3 * (5 * 16 + 24) if method.startswith("rows") else 0
+        assert found["trainable"] == sum(biases.values()) + rows
 
 
 def test_masked_gradients_leave_the_rest_as_it_was(backbone):
