@@ -340,7 +340,7 @@ TRANSFORMERS = [
         classifier("Deberta", SHORT, position_biased_input=False, **DEBERTA),
         slow={
             "*.self.pos_proj.weight": "single",
-            "*.self.pos_q_proj.*": "definition",
+            "*.self.pos_q_proj.*": "single",
             "*.self.?_bias": "definition",
             "deberta.encoder.rel_embeddings.weight": "definition",
         },
