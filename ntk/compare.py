@@ -9,7 +9,6 @@ parameters with the kernel over all of them, and trains kernel classifiers on ea
 """
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -18,15 +17,13 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ntk.engine import Progress
 from ntk.options import parse_options, requested_spaces
 from ntk.storage import StorageError
-from rocoft.tasks import TaskError
+from rocoft.console import progress_bar, quiet_libraries
 
 USAGE_ERROR = 2
 
@@ -57,7 +54,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
     quiet = options.quiet or options.json
     spaces = requested_spaces(options)
     folder = _folder(options)
-    with _quiet_libraries():
+    with quiet_libraries():
         # Imported here: mistyped options need not wait for what draws and evaluates.
         import torch
 
@@ -82,7 +79,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             for line in _opening(split, backbone):
                 print(line)  # noqa: T201
         loaded = time.perf_counter() - start
-        with _progress_bar(quiet) as progress:
+        with progress_bar(quiet) as progress:
             evaluation = evaluate(
                 backbone,
                 split,
@@ -109,25 +106,14 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def _split(options: argparse.Namespace) -> Any:
-    from dataclasses import replace
-
-    from rocoft.tasks import Prompt, few_shot, load_file, load_task
+    from rocoft.tasks import few_shot, load_file, load_task, with_prompt
 
     if options.data is not None:
         task = load_file(options.data)
     else:
         task = load_task(options.task, options.data_dir)
     if options.template or options.label_words:
-        old = task.prompt
-        template = options.template or (old.template if old else None)
-        words = tuple(options.label_words or (old.words if old else ()))
-        if template is None or len(words) != len(task.labels):
-            raise TaskError(
-                f"a prompt needs --template and one of --label-words for each of the "
-                f"labels {', '.join(task.labels)}; got {template!r} and {words}."
-            )
-        causal = template.partition("{mask}")[0].rstrip()
-        task = replace(task, prompt=Prompt(template, words, causal))
+        task = with_prompt(task, options.template, options.label_words or ())
     return few_shot(task, options.shots, options.test_size, options.seed)
 
 
@@ -211,45 +197,6 @@ def _opening(split: Any, backbone: Any) -> list[str]:
 def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "numpy", "scikit-learn")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-@contextlib.contextmanager
-def _progress_bar(quiet: bool) -> Iterator[Progress | None]:
-    """Show stages with the time left, on standard error."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description:>20}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield progress
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep loading bars and advice of other libraries out of the output."""
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.utils.logging.enable_progress_bar()
 
 
 if __name__ == "__main__":

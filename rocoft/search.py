@@ -39,13 +39,12 @@ from transformers.integrations import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from rocoft.console import Progress
 from rocoft.meter import Meter, peak_memory, reset_peak_memory
 from rocoft.methods import trained_parameters
 
 LOGS = "logs"
 """Folder of the trackers' files, in that of the search."""
-Progress = Callable[[str, int, int], None]
-"""Told what is done, how many steps of it, and of how many."""
 
 PROTOCOL: dict[str, Any] = {
     "num_train_epochs": 5,

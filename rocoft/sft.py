@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from rocoft.backbone import allow_padding, length_limit, load_pretrained
+from rocoft.console import Progress
 from rocoft.language import (
     Completion,
     Completions,
@@ -36,7 +37,6 @@ from rocoft.metrics import text_scores
 from rocoft.search import (
     Job,
     OrderedTrainer,
-    Progress,
     TrainingError,
     own_random_numbers,
     search,

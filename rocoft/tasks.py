@@ -218,6 +218,42 @@ def load_file(
     return Task(path.stem, tuple(classes.values()), examples, (), prompt, str(path))
 
 
+def with_prompt(
+    task: Task,
+    template: str | None,
+    words: Sequence[str],
+    *,
+    option: str = "--label-words",
+) -> Task:
+    """Give a task another template or other label words.
+
+    Args:
+        task: The task.
+        template: With ``{a}``, ``{b}`` for pairs and ``{mask}``; None means the task's,
+            for causal models too.
+        words: One of each label; empty means the task's.
+        option: What names the words, for the error.
+
+    Returns:
+        The task.
+
+    Raises:
+        TaskError: If there is no template, or not one word of each label.
+    """
+    old = task.prompt
+    words = tuple(words or (old.words if old else ()))
+    if (template is None and old is None) or len(words) != len(task.labels):
+        raise TaskError(
+            f"a prompt needs --template and one of {option} for each of the labels "
+            f"{', '.join(task.labels)}; got {template!r} and {words}."
+        )
+    if template is None and old is not None:
+        return replace(task, prompt=replace(old, words=words))
+    assert template is not None
+    causal = template.partition("{mask}")[0].rstrip()
+    return replace(task, prompt=Prompt(template, words, causal))
+
+
 def few_shot(
     task: Task, shots: int, test_size: int, seed: int, *, dev_shots: int = 0
 ) -> Split:

@@ -16,14 +16,13 @@ import shlex
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rocoft.console import progress_bar, quiet_libraries
 from rocoft.methods import parse_method
 from rocoft.options import OptionError, Options, parse_options
 from rocoft.results import RECORD
@@ -65,11 +64,11 @@ def _run(options: Options, given: list[str]) -> None:
         record = json.loads((folder / RECORD).read_text())
         _show(record, folder, options, "this run is finished")
         return
-    with _quiet_libraries(), _nothing_left_of_a_false_start(folder):
+    with quiet_libraries(), _nothing_left_of_a_false_start(folder):
         # Imported here: --help and mistyped options answer at once.
         from rocoft.results import write_results
 
-        with _progress_bar(quiet) as progress:
+        with progress_bar(quiet) as progress:
             tuned, tokenizer = _tuned(options, folder / SEARCH, progress, quiet)
         record = {
             "command": shlex.join(["python", "-m", "rocoft.train", *given]),
@@ -244,7 +243,7 @@ def _tuned_language(
 
 
 def _task(options: Options) -> Any:
-    from rocoft.tasks import Prompt, load_file, load_task
+    from rocoft.tasks import load_file, load_task, with_prompt
 
     given = options.task
     others = {"--task": given.task, "--data_dir": given.data_dir}
@@ -260,18 +259,9 @@ def _task(options: Options) -> Any:
         folder = None if given.data_dir is None else Path(given.data_dir)
         task = load_task(given.task or DEFAULT_TASK, folder, regression=True)
     if given.template or given.label_words:
-        old = task.prompt
-        template = given.template or (old.template if old else None)
-        words = tuple(given.label_words or (old.words if old else ()))
-        if template is None or len(words) != len(task.labels):
-            raise OptionError(
-                f"a prompt needs --template and one of --label_words for each of the "
-                f"labels {', '.join(task.labels)}; got {template!r} and {words}."
-            )
-        causal = template.partition("{mask}")[0].rstrip()
-        if old is not None and not given.template:
-            causal = old.causal
-        task = replace(task, prompt=Prompt(template, words, causal))
+        task = with_prompt(
+            task, given.template, given.label_words, option="--label_words"
+        )
     return task
 
 
@@ -350,44 +340,6 @@ def _show(
         for line in [*([note] if note else []), *summary(record)]:
             print(line)  # noqa: T201
         print(f"results: {folder}")  # noqa: T201
-
-
-@contextlib.contextmanager
-def _progress_bar(quiet: bool) -> Iterator[Any]:
-    """Show the steps of each training with the time left, on standard error."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield progress
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep loading bars and advice of other libraries out of the output."""
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.utils.logging.enable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from transformers import (
 
 from rocoft.architecture import Architecture
 from rocoft.backbone import Backbone, fit_probe
+from rocoft.console import Progress
 from rocoft.methods import (
     LEARNING_RATES,
     Method,
@@ -38,7 +39,6 @@ from rocoft.search import (
     Found,
     Job,
     OrderedTrainer,
-    Progress,
     TrainingError,
     own_random_numbers,
     search,

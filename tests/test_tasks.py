@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rocoft.tasks import (
     few_shot,
     load_file,
     load_task,
+    with_prompt,
 )
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -384,3 +386,14 @@ def test_test_examples_come_from_the_test_split():
 def test_refused_splits(shots, test_size, message):
     with pytest.raises(TaskError, match=message):
         few_shot(numbered(20), shots, test_size, 0)
+
+
+def test_other_label_words_keep_the_task_s_prompt_for_causal_models():
+    old = PROMPTS["mnli"]
+    task = Task("mnli", ("0", "1", "2"), (), (), old, "made")
+    found = with_prompt(task, None, ["True", "Perhaps", "False"]).prompt
+    assert found == replace(old, words=("True", "Perhaps", "False"))
+    other = with_prompt(task, "{a} so {b} is {mask} .", []).prompt
+    assert (other.words, other.causal) == (old.words, "{a} so {b} is")
+    with pytest.raises(TaskError, match="one of --label-words for each"):
+        with_prompt(task, None, ["yes"])
