@@ -175,9 +175,9 @@ class _Statistics:
             rows = dense([factor.example(i) for factor in uses], torch.Size(stored))
             _add_energies(total, rows, of)
         for factor in uses:
-            as_layer = isinstance(factor, Matrix) and factor.output_dim == of.output_dim
-            if k == 0 and as_layer:
-                assert isinstance(factor, Matrix)
+            if not isinstance(factor, Matrix) or factor.output_dim != of.output_dim:
+                continue
+            if k == 0:
                 power = factor.x.double().square().sum(dim=(0, 1))
                 _add(total, "squared activation", power)
 

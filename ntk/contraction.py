@@ -58,6 +58,12 @@ class Contraction:
         """Whether gradients are contracted as they are."""
         return self.left is None and self.right is None
 
+    def transformed(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both gradients' entries as they are contracted."""
+        if self.left is not None:
+            left = self.left(left)
+        return left, right if self.right is None else self.right(right)
+
     def gram(
         self, left: Tensor, right: Tensor, weights: Tensor | None = None
     ) -> Tensor:
@@ -71,10 +77,7 @@ class Contraction:
         Returns:
             ``(c n, c m)``, or ``(n, m)`` if not coupled.
         """
-        if self.right is not None:
-            right = self.right(right)
-        if self.left is not None:
-            left = self.left(left)
+        left, right = self.transformed(left, right)
         if weights is not None:
             left = left * weights.to(left)
         if self.coupled:
@@ -202,8 +205,7 @@ def _table_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) ->
     if singles:
         # Most tokens occur once; all of those at a time.
         a, b = (torch.cat(side) for side in zip(*singles, strict=True))
-        g, h = values[:, a], other_values[:, b]
-        g, h = how.left(g) if how.left else g, how.right(h) if how.right else h
+        g, h = how.transformed(values[:, a], other_values[:, b])
         if how.coupled:
             part = torch.einsum("cup,dup->ucd", g, h)
         else:

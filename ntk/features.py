@@ -55,7 +55,7 @@ class Features:
         self._uses: dict[str, list[Use]] = {}
         self._missing: dict[str, int] = {}
         self._whole: dict[int, list[Factor]] = {}
-        self._kept: dict[tuple[int, Map], tuple[Tensor, ...] | Tensor] = {}
+        self._kept: dict[tuple[int, Map], tuple[Tensor, ...]] = {}
         self._written: set[tuple[Key, int]] = set()
 
     def begin(
@@ -137,10 +137,10 @@ class Features:
         ):
             (g,) = factor.g
             room = self._room(key, g.dtype)
-            g, x, out = g.to(room), factor.x.to(room), room[k, self._place]
+            g, out = g.to(room), room[k, self._place]
             if (kept := self._kept.get((id(use), each))) is None:
-                kept = self._kept[id(use), each] = each.prepare(x)
-            each.add(g, kept, out, first=first)  # type: ignore[arg-type]
+                kept = self._kept[id(use), each] = each.prepare(factor.x.to(room))
+            each.add(g, kept, out, first=first)
             return
         # Used otherwise than as the layer that owns it uses it.
         gradient = dense([factor], shape).unflatten(2, shape)

@@ -189,8 +189,7 @@ def _slice_grams(
 
 
 def _batched_gram(left: Tensor, right: Tensor, how: Contraction) -> Tensor:
-    left = left if how.left is None else how.left(left)
-    right = right if how.right is None else how.right(right)
+    left, right = how.transformed(left, right)
     if how.coupled:
         return torch.bmm(left.flatten(1, 2), right.flatten(1, 2).transpose(1, 2))
     return torch.matmul(left, right.transpose(2, 3)).sum(dim=1)

@@ -247,17 +247,19 @@ class InputSide:
         """Return None: the columns and pairs have weights of their own."""
         return None
 
-    def prepare(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> tuple[Tensor]:
         """Return the q features ``(n, t, q)`` of the input ``(n, t, inputs)``."""
         parts = [_pick(x, self._column_places)] if self.columns else []
         if self.pairs:
             parts.append(x @ self.down.to(x).T)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2),)
 
-    def add(self, g: Tensor, kept: Tensor, out: Tensor, *, first: bool) -> None:
+    def add(
+        self, g: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, first: bool
+    ) -> None:
         """Add the features of one output to ``out`` ``(n, size)``, see `Slices.add`."""
         by_feature = out.view(len(g), -1, self.of.outputs)
-        _add_product(kept.transpose(1, 2), g, by_feature, first)
+        _add_product(kept[0].transpose(1, 2), g, by_feature, first)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
