@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,6 +42,11 @@ class LinearWeight:
     inputs: int
     output_dim: int
     parts: tuple[tuple[int, ...] | range, ...]
+
+    @property
+    def narrow_axis(self) -> Literal["row", "column"]:
+        """What is shorter, a row or a column; rows if they are alike."""
+        return "row" if self.inputs <= self.outputs else "column"
 
 
 class Architecture:

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from rocoft.architecture import Architecture
-from rocoft.readouts import LabelWords, MeanPooled, Prompted
+from rocoft.readouts import LabelWords, MeanPooled, Prompted, logits
 from rocoft.tasks import Example, Prompt, Split
 
 Readout = Literal["head", "masked", "causal"]
@@ -458,11 +458,12 @@ def _word_tokens(
 def fit_probe(backbone: Backbone, split: Split) -> None:
     """Fit the head's last layer to the training examples by logistic regression."""
     module = backbone.module
+    head = Architecture(module).head
     last = [
         (path, layer)
         for path, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
-        and f"{path}.weight" in Architecture(module).head
+        and f"{path}.weight" in head
         and layer.out_features == len(split.task.labels)
     ]
     if not last:
@@ -477,10 +478,10 @@ def fit_probe(backbone: Backbone, split: Split) -> None:
     try:
         device = layer.weight.device
         with torch.no_grad():
-            outputs = [
-                module(**{k: v.to(device) for k, v in b.items()}) for b in batches
+            inputs = [
+                logits(module(**{k: v.to(device) for k, v in b.items()}))
+                for b in batches
             ]
-        inputs = [o if isinstance(o, Tensor) else o.logits for o in outputs]
     finally:
         module.set_submodule(path, layer)
     features = torch.cat(inputs).double().cpu().numpy()

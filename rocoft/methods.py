@@ -376,7 +376,7 @@ def _mask(weight: LinearWeight, values: Tensor, method: Method) -> Tensor:
     across = values if weight.output_dim == 0 else values.T
     slices = method.slices
     if slices == "auto":
-        slices = "row" if weight.inputs <= weight.outputs else "column"
+        slices = weight.narrow_axis
     axes: tuple[Axis, ...] = ("row", "column")
     for axis in axes:
         if slices in {axis, "both"}:

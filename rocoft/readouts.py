@@ -5,11 +5,17 @@ by one of the label words' rows (`LabelWords`), which share the model's paramete
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+def logits(output: Any) -> Tensor:
+    """Return a model's output if it is a tensor, else its `.logits`."""
+    return output if isinstance(output, Tensor) else output.logits
 
 
 class LabelWords(nn.Module):

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +209,23 @@ def search(
     model.eval()
     trainer.compute_metrics = None
     return Found(model, trainer, runs, best)
+
+
+@contextlib.contextmanager
+def search_folder(folder: Path | None) -> Iterator[Path]:
+    """Give a search a folder, a temporary one if there is none.
+
+    Args:
+        folder: The one that was asked for.
+
+    Yields:
+        Where to search.
+    """
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rocoft-") as place:
+        yield Path(place) / "search"
 
 
 @contextlib.contextmanager

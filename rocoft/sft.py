@@ -1,8 +1,6 @@
 """Supervised fine-tuning of language models on prompts and completions."""
 
-import contextlib
 import copy
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,11 +38,12 @@ from rocoft.search import (
     TrainingError,
     own_random_numbers,
     search,
+    search_folder,
 )
 from rocoft.selection import DATA_STRATEGIES
 from rocoft.trainer import (
-    CALIBRATION,
     FineTuned,
+    calibration_examples,
     check_weight_decay,
     count_parameters,
     searched,
@@ -160,10 +159,7 @@ def fine_tune_language(
     check_weight_decay(method, arguments or {})
     readout = "seq2seq" if start.encoder_decoder else "causal"
     dev = _every_choice(start, data.dev)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(own_random_numbers(seed))
-        temporary = tempfile.TemporaryDirectory(prefix="rocoft-")
-        place = folder or Path(stack.enter_context(temporary)) / "search"
+    with own_random_numbers(seed), search_folder(folder) as place:
         found = search(
             Job(
                 name=f"{method!s}, {data.name}, {start.name}",
@@ -274,8 +270,7 @@ class CompletionTrainer(OrderedTrainer):
 def _prepared(start: LanguageModel, data: Completions, method: Method) -> nn.Module:
     batches: list[dict[str, Tensor]] = []
     if method.strategy in DATA_STRATEGIES:
-        chosen = np.random.default_rng(0).permutation(len(data.train))[:CALIBRATION]
-        some = [data.train[int(i)] for i in chosen]
+        some = calibration_examples(data.train)
         rows = [_encoded(start, e.prompt, e.completion) for e in some]
         collate = DataCollatorForSeq2Seq(start.tokenizer)
         batches = [dict(collate([row])) for row in rows]

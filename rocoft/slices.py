@@ -320,7 +320,7 @@ def _axis(config: RoCoFTConfig, name: str, weight: LinearWeight) -> str:
             )
         axis = axis[pattern]
     if axis == "auto":
-        return "row" if weight.inputs <= weight.outputs else "column"
+        return weight.narrow_axis
     return axis
 
 

@@ -5,14 +5,12 @@ with each learning rate of a grid, the best checkpoint on dev is taken, and the 
 examples are looked at once.
 """
 
-import contextlib
 import copy
 import importlib.metadata
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +33,7 @@ from rocoft.methods import (
     trained_parameters,
 )
 from rocoft.metrics import metric_names, scores
+from rocoft.readouts import logits
 from rocoft.search import (
     Found,
     Job,
@@ -42,9 +41,12 @@ from rocoft.search import (
     TrainingError,
     own_random_numbers,
     search,
+    search_folder,
 )
 from rocoft.selection import DATA_STRATEGIES
 from rocoft.tasks import Example, Split
+
+T = TypeVar("T")
 
 CALIBRATION = 64
 """Training examples that selections by activation or gradient look at."""
@@ -147,10 +149,7 @@ def fine_tune(
     check_weight_decay(method, given)
     # The Trainer switches it on for the library's own models alone.
     checkpointing = bool(given.pop("gradient_checkpointing", False))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(own_random_numbers(seed))
-        temporary = tempfile.TemporaryDirectory(prefix="rocoft-")
-        place = folder or Path(stack.enter_context(temporary)) / "search"
+    with own_random_numbers(seed), search_folder(folder) as place:
         found = search(
             Job(
                 name=f"{method!s}, {split.task.name}, {backbone.name}",
@@ -177,15 +176,15 @@ def fine_tune(
             progress=progress,
         )
         predicted = found.trainer.predict(_encoded(backbone, split.test))
-    logits, labels = torch.as_tensor(predicted.predictions), _labels(split.test)
+    outputs, labels = torch.as_tensor(predicted.predictions), _labels(split.test)
     record = {
         **start,
-        "test": scores(logits, labels, names),
+        "test": scores(outputs, labels, names),
         "parameters": count_parameters(found.model, backbone.module),
         **searched(found),
     }
     record["arguments"]["gradient_checkpointing"] = checkpointing
-    return FineTuned(found.model, method, logits, labels, record)
+    return FineTuned(found.model, method, outputs, labels, record)
 
 
 def check_weight_decay(method: Method, arguments: Mapping[str, Any]) -> None:
@@ -205,6 +204,12 @@ def check_weight_decay(method: Method, arguments: Mapping[str, Any]) -> None:
             f"{str(method)!r} trains a part. Leave it at 0, or train "
             f"{str(replace(method, kind='rocoft'))!r}, which decays that part alone."
         )
+
+
+def calibration_examples(examples: Sequence[T]) -> list[T]:
+    """Return some training examples, the same ones whatever the seed."""
+    chosen = np.random.default_rng(0).permutation(len(examples))[:CALIBRATION]
+    return [examples[int(i)] for i in chosen]
 
 
 def searched(found: Found) -> dict[str, Any]:
@@ -280,10 +285,9 @@ class ReadoutTrainer(OrderedTrainer):
             The loss, or a pair.
         """
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
-        loss = _loss(logits, labels, self.args.label_smoothing_factor)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        found = logits(model(**inputs))
+        loss = _loss(found, labels, self.args.label_smoothing_factor)
+        return (loss, {"logits": found}) if return_outputs else loss
 
 
 def _prepared(
@@ -292,9 +296,7 @@ def _prepared(
     """Return a copy of the backbone's model that is ready to train."""
     batches: list[dict[str, Tensor]] = []
     if method.strategy in DATA_STRATEGIES:
-        chosen = np.random.default_rng(0).permutation(len(split.train))[:CALIBRATION]
-        some = [split.train[int(i)] for i in chosen]
-        batches = _calibration(backbone, some, method)
+        batches = _calibration(backbone, calibration_examples(split.train), method)
     module = copy.deepcopy(backbone.module)
     if checkpointing:
         inner = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
@@ -325,18 +327,17 @@ def _calibration(
 def _example_loss(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
     """Return the loss of one example, of a `Prompted`'s model at its position."""
     inputs = {k: v for k, v in example.items() if k not in {"labels", "position"}}
-    outputs = model(**inputs)
-    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    found = logits(model(**inputs))
     if "position" in example:
-        logits = logits[torch.arange(len(logits)), example["position"]]
-    return _loss(logits, example["labels"], 0.0)
+        found = found[torch.arange(len(found)), example["position"]]
+    return _loss(found, example["labels"], 0.0)
 
 
-def _loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def _loss(outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Return the squared error of scores, or the cross-entropy of classes."""
     if labels.is_floating_point():
-        return F.mse_loss(logits[:, 0].float(), labels.float())
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        return F.mse_loss(outputs[:, 0].float(), labels.float())
+    return F.cross_entropy(outputs.float(), labels, label_smoothing=smoothing)
 
 
 def _encoded(backbone: Backbone, examples: Sequence[Example]) -> Any:
@@ -364,11 +365,11 @@ def _probe(
         )
     model = copy.deepcopy(backbone.module)
     fit_probe(replace(backbone, module=model), split)
-    logits = [_outputs(backbone, model, part) for part in (split.dev, split.test)]
+    dev, test = (_outputs(backbone, model, part) for part in (split.dev, split.test))
     record = {
         **start,
-        "dev": scores(logits[0], _labels(split.dev), names),
-        "test": scores(logits[1], _labels(split.test), names),
+        "dev": scores(dev, _labels(split.dev), names),
+        "test": scores(test, _labels(split.test), names),
         "parameters": count_parameters(
             apply_method(model, method, train_head=True), backbone.module
         ),
@@ -377,7 +378,7 @@ def _probe(
         "steps": 0,
         "versions": versions(),
     }
-    return FineTuned(model, method, logits[1], _labels(split.test), record)
+    return FineTuned(model, method, test, _labels(split.test), record)
 
 
 def _outputs(
@@ -388,8 +389,7 @@ def _outputs(
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     for start, batch in enumerate(batches):
         with torch.no_grad():
-            outputs = model(**{k: v.to(_device(model)) for k, v in batch.items()})
-        rows = outputs if isinstance(outputs, Tensor) else outputs.logits
+            rows = logits(model(**{k: v.to(_device(model)) for k, v in batch.items()}))
         for place, row in zip(order[64 * start :], rows.cpu(), strict=False):
             found[place] = row
     return torch.stack(found)
