@@ -19,9 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocoft.backbone import EMBEDDED_NAME
+from rocoft.files import replacing, write_text
 from rocoft.methods import Method
 from rocoft.readouts import LabelWords, MeanPooled, Prompted
-from rocoft.search import write_text
 from rocoft.trainer import FineTuned
 
 RECORD = "results.json"
@@ -87,12 +87,10 @@ def write_results(
             shutil.copymode(part / "README.md", file)
     shutil.rmtree(place, ignore_errors=True)
     part.replace(place)
-    predictions = folder / "predictions.safetensors"
-    part = folder / f".{predictions.name}.{os.getpid()}"
     found = {"logits": tuned.logits.contiguous(), "labels": tuned.labels.contiguous()}
-    save_file(found, part)
-    shutil.copymode(place / "README.md", part)
-    part.replace(predictions)
+    with replacing(folder / "predictions.safetensors") as part:
+        save_file(found, part)
+        shutil.copymode(place / "README.md", part)
     text = json.dumps(record, indent=1, default=str, allow_nan=False)
     write_text(folder / RECORD, text + "\n")
 

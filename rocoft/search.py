@@ -8,7 +8,6 @@ checkpoint and ends with the same weights, bit for bit.
 import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -19,18 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
-    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -38,9 +34,15 @@ from transformers.integrations import (
     TensorBoardCallback,
     get_reporting_integration_callbacks,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
+from rocoft.checkpoints import (
+    has_ended,
+    last_checkpoint,
+    only_trained_is_saved,
+    take_best,
+)
 from rocoft.console import Progress
+from rocoft.files import replacing, write_text
 from rocoft.meter import Meter, peak_memory, reset_peak_memory
 from rocoft.methods import trained_parameters
 
@@ -248,18 +250,6 @@ def own_random_numbers(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: Where to.
-        text: What.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 class _Shown(TrainerCallback):
     """Tells of every step."""
 
@@ -270,18 +260,25 @@ class _Shown(TrainerCallback):
         self.progress(self.what, state.global_step, state.max_steps)
 
 
+def differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what differs between settings, in words; nothing if they are the same."""
+    return "; ".join(
+        f"{key} {begun.get(key)} there, {now[key]} now"
+        for key in now
+        if begun.get(key) != now[key]
+    )
+
+
 def _agree(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     """Begin a folder, or see that it was begun with the same settings."""
     file = folder / "settings.json"
     text = json.dumps(settings, indent=1, default=str) + "\n"
     if resume and file.is_file():
         begun, given = json.loads(file.read_text()), json.loads(text)
-        differ = [key for key in given if begun.get(key) != given[key]]
-        if differ:
+        if differ := differences(begun, given):
             raise TrainingError(
-                f"{str(folder)!r} was begun with other settings: "
-                + "; ".join(f"{k} {begun.get(k)} there, {given[k]} now" for k in differ)
-                + ". Start with the same ones, or elsewhere."
+                f"{str(folder)!r} was begun with other settings: {differ}. Start with "
+                "the same ones, or elsewhere."
             )
         return
     if file.is_file():
@@ -388,14 +385,14 @@ def _train(
     if progress is not None:
         callbacks.append(_Shown(f"lr {options.learning_rate:g}", progress))
     folder = Path(str(options.output_dir))
-    checkpoint = _last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder)
     with own_random_numbers(options.seed):
         model = job.build()
         own_peak = reset_peak_memory(job.device)
-        with _only_trained_is_saved(model):
+        with only_trained_is_saved(model):
             trainer = _trainer(job, model, options, callbacks)
-            if checkpoint is not None and _has_ended(checkpoint):
-                _take_best(trainer, checkpoint)
+            if checkpoint is not None and has_ended(checkpoint):
+                take_best(trainer, checkpoint)
                 loss = float("nan")  # Of steps that were not taken here.
             else:
                 result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -404,9 +401,8 @@ def _train(
         name: parameter.detach().cpu().contiguous()
         for name, parameter in trained_parameters(model).items()
     }
-    part = done.with_name(f".{done.stem}.safetensors.{os.getpid()}")
-    save_file(weights, part)
-    part.replace(done.with_suffix(".safetensors"))
+    with replacing(done.with_suffix(".safetensors")) as part:
+        save_file(weights, part)
     state = trainer.state
     history = [_judged(entry) for entry in state.log_history if "eval_loss" in entry]
     record = {
@@ -438,72 +434,6 @@ def _judged(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-@contextlib.contextmanager
-def _only_trained_is_saved(model: nn.Module) -> Iterator[None]:
-    """Keep what is frozen out of the checkpoints of modules that are no library's."""
-    # The Trainer would write their whole state, and fail on parameters that are shared,
-    # as the label words' are.
-
-    def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        for name in state.keys() - trained_parameters(module).keys():
-            del state[name]
-
-    def expect_no_more(module: nn.Module, keys: Any) -> None:
-        keys.missing_keys.clear()
-
-    if isinstance(model, PreTrainedModel | PeftModel):
-        yield
-        return
-    handles = (
-        model.register_state_dict_post_hook(drop),
-        model.register_load_state_dict_post_hook(expect_no_more),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end."""
-    found = {
-        int(path.name.rpartition("-")[2]): path
-        for path in folder.glob("checkpoint-*")
-        if _is_whole(path)
-    }
-    return str(found[max(found)]) if found else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether nothing is missing, be it not written yet or partly removed."""
-    needed = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "*.safetensors")
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return all(any(checkpoint.glob(name)) for name in needed)
-
-
-def _has_ended(checkpoint: str) -> bool:
-    """Whether training was over when the checkpoint was written."""
-    # The Trainer would take one more step before it looked.
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    control: Any = state.stateful_callbacks.get("TrainerControl", {})
-    stopped = control.get("args", {}).get("should_training_stop", False)
-    return stopped or state.global_step >= state.max_steps
-
-
-def _take_best(trainer: Trainer, checkpoint: str) -> None:
-    """Put a Trainer where it was when training had ended, the best weights loaded."""
-    place = Path(checkpoint)
-    trainer.state = TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
-    best = trainer.state.best_global_step
-    if best:
-        trainer.state.best_model_checkpoint = str(place.with_name(f"checkpoint-{best}"))
-        trainer._load_best_model()
 
 
 def _put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -23,10 +23,11 @@ from typing import Any
 import yaml
 
 from rocoft.console import progress_bar, quiet_libraries
+from rocoft.files import write_text
 from rocoft.methods import parse_method
 from rocoft.options import OptionError, Options, parse_options
 from rocoft.results import RECORD
-from rocoft.search import LOGS, write_text
+from rocoft.search import LOGS, differences
 from rocoft.tasks import DEFAULT_TASK
 
 USAGE_ERROR = 2
@@ -135,12 +136,10 @@ def _begin(options: Options) -> Path:
 
 
 def _check_same(begun: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    differ = [key for key in now if begun.get(key) != now[key]]
-    if differ:
+    if differ := differences(begun, now):
         raise OptionError(
-            f"{str(folder)!r} was begun with other options: "
-            + "; ".join(f"{k} {begun.get(k)} there, {now[k]} now" for k in differ)
-            + ". Resume with the same ones, or choose another --name."
+            f"{str(folder)!r} was begun with other options: {differ}. Resume with the "
+            "same ones, or choose another --name."
         )
 
 

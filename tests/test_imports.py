@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROCOFT = """
 architecture selection tasks readouts backbone config functional slices layer model
-export metrics console meter methods search trainer language sft options results train
+export metrics console files meter methods checkpoints search trainer language sft
+options results train
 """
 NTK = """
 function maps spaces notation factors positions contraction rules capture coverage

@@ -15,7 +15,8 @@ from transformers.integrations import integration_utils
 
 from rocoft import train
 from rocoft.backbone import load_backbone
-from rocoft.search import TrainingError, _last_checkpoint
+from rocoft.checkpoints import last_checkpoint
+from rocoft.search import TrainingError
 from rocoft.tasks import Prompt
 from rocoft.trainer import fine_tune
 
@@ -115,11 +116,11 @@ def test_a_checkpoint_that_is_not_whole_is_not_used(tmp_path):
         for name in (*files, "trainer_state.json"):
             if name != missing:
                 (place / name).write_text('{"a":' if missing == "" else "{}")
-    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
 
 
 @pytest.mark.parametrize("stopped_by", ["max_steps", "patience", "epochs"])
-def test_a_run_killed_after_its_last_checkpoint_takes_no_more_steps(
+def test_a_run_killed_after_itslast_checkpoint_takes_no_more_steps(
     backbone, split, tmp_path, monkeypatch, stopped_by
 ):
     # Six steps are an epoch.

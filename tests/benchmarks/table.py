@@ -1,16 +1,15 @@
 """The cost record as a table in the terminal and as a file."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from rocoft.files import write_text
+
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, in a folder that is made for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def print_size(row: dict) -> None:
