@@ -4,7 +4,7 @@ What is stored for a parameter, and what is contracted together, is a `jobs.Job`
 Gram matrix is added to all spaces that hold its map.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ntk import coverage, passes
+from ntk.accumulator import Accumulator
 from ntk.contraction import Contraction, gram
 from ntk.coverage import Service, Verdict
 from ntk.factors import Factor, Vector
@@ -90,8 +91,8 @@ class Engine:
         self.progress = progress
         self.outputs = 1
         self.jobs = {job.key: job for job in jobs(maps)}
-        self.grams: dict[str, Tensor] = {}
-        self.added: list[tuple[str, str, Tensor]] = []
+        n, m = (sum(map(batch_length, side)) for side in (left, right))
+        self.sums = Accumulator(list(maps), n, m, traced=self.prefix)
         self.shapes = {n: p.shape for n, p in function.parameters.items()}
 
     def run(self, *, by_factors: bool) -> KernelResult:
@@ -114,7 +115,9 @@ class Engine:
         stored, others = self._store(verdicts)
         self._contract(stored, others)
         served = {name: verdict.service for name, verdict in verdicts.items()}
-        return KernelResult(self.grams, self._traces(), self._sizes(), served)
+        like = next(iter(self.function.parameters.values()))
+        grams = self.sums.grams(self.outputs if self.how.coupled else 1, like)
+        return KernelResult(grams, self.sums.traces(), self._sizes(), served)
 
     def run_products(self) -> KernelResult:
         """Compute every space's Gram matrix by NTK-vector products.
@@ -196,42 +199,18 @@ class Engine:
                 if left is not None and right is not None:
                     self._add(key, left, right)
                 counter(1)
-        for space in self.maps.keys() - self.grams.keys():
-            self.grams[space] = self._zero()
 
     def _add(self, key: Key, left: Stored, right: Stored) -> None:
         """Add the Gram matrices of one job to the spaces that hold its maps."""
         job = self.jobs[key]
-        n, m = (sum(map(batch_length, side)) for side in (self.left, self.right))
-        for each, block in self._blocks(job, left, right, m):
-            trace = _trace(block, n, m) if self.prefix else None
-            for space in job.members[each]:
-                if space in self.grams:
-                    self.grams[space] += block
-                else:
-                    self.grams[space] = block.to(torch.float64, copy=True)
-                if trace is not None:
-                    self.added.append((space, job.name, trace))
+        maps, grams = self._grams(job, left, right)
+        self.sums.add(job.name, [job.members[each] for each in maps], grams)
 
-    def _zero(self) -> Tensor:
-        n, m = (sum(map(batch_length, side)) for side in (self.left, self.right))
-        c = self.outputs if self.how.coupled else 1
-        device = next(iter(self.function.parameters.values())).device
-        return torch.zeros(c * n, c * m, dtype=torch.float64, device=device)
-
-    def _traces(self) -> dict[str, dict[str, float]]:
-        traces: dict[str, dict[str, float]] = {space: {} for space in self.maps}
-        values = (
-            torch.stack([t for _, _, t in self.added]).tolist() if self.added else []
-        )
-        for (space, name, _), value in zip(self.added, values, strict=True):
-            traces[space][name] = traces[space].get(name, 0.0) + value
-        return traces
-
-    def _blocks(
-        self, job: Job, left: Stored, right: Stored, m: int
-    ) -> list[tuple[Map, Tensor]]:
+    def _grams(
+        self, job: Job, left: Stored, right: Stored
+    ) -> tuple[Sequence[Map], Tensor]:
         """Return the Gram matrix of every map that the job serves."""
+        m = self.sums.m
         if isinstance(left, Tensor) != isinstance(right, Tensor):
             # One side never used the parameter and does not know that it is small.
             left, right = _as_factors(left), _as_factors(right)
@@ -240,19 +219,10 @@ class Engine:
             if self.prefix:
                 right = right[: len(self.right) if len(left) == len(self.left) else m]
             whole = gram(left, right, self.shapes[job.name], self.how)
-            return [(each, whole) for each in job.members]
+            return list(job.members), whole.expand(len(job.members), -1, -1)
         assert isinstance(right, Tensor)
         right = right if right.shape[1] == m else right[:, :m]
         return job.grams(left, right, self.how)
-
-
-def _trace(block: Tensor, n: int, m: int) -> Tensor:
-    """Return the trace over the right examples, which lead the left ones."""
-    if n == m:
-        return block.trace()
-    c = len(block) // n
-    by_output = block.view(c, n, c, m)[:, :m].diagonal(dim1=0, dim2=2)
-    return by_output.diagonal(dim1=0, dim2=1).sum()
 
 
 def _as_factors(stored: Stored) -> list[list[Factor]]:

@@ -48,7 +48,7 @@ class Job:
 
     def grams(
         self, left: Tensor, right: Tensor, how: Contraction
-    ) -> list[tuple[Map, Tensor]]:
+    ) -> tuple[Sequence[Map], Tensor]:
         """Return every member's Gram matrix.
 
         Args:
@@ -57,34 +57,25 @@ class Job:
             how: The contraction.
 
         Returns:
-            Each member and its ``(c n, c m)``, or ``(n, m)`` if not coupled.
+            The members and as many ``(c n, c m)``, or ``(n, m)`` if not coupled.
         """
         if len(self.members) == 1 and not self._has_overlap():
             (each,) = self.members
-            return [(each, how.gram(left, right, each.weights()))]
+            return [each], how.gram(left, right, each.weights())[None]
         assert isinstance(self.stored, Slices | InputSide)
-        of = self.stored.of
+        members = list(self.members)
+        selected: list[list[float]]
         if isinstance(self.stored, Slices):
-            slices, width = self.stored.rows, of.inputs
+            width, selected = self.stored.of.inputs, _rows_of(self.stored, members)
         else:
-            slices, width = self.stored.columns, of.outputs
+            width, selected = self.stored.of.outputs, _inputs_of(self.stored, members)
         a, b = (f.unflatten(2, (-1, width)) for f in (left, right))
-        found: list[tuple[Map, Tensor]] = []
+        grams = _slice_grams(torch.tensor(selected).to(left), a, b, how)
         if isinstance(self.stored, InputSide):
-            for pair, place in zip(self.stored.pairs, self.stored.places, strict=True):
-                own = a[:, :, place].flatten(2)
-                other = own if left is right else b[:, :, place].flatten(2)
-                found.append((pair, how.gram(own, other, pair.weights())))
-        members = [each for each in self.members if isinstance(each, Slices)]
-        if members:
-            cut = len(slices)
-            selected = _selected(slices, members).to(left)
-            grams = _slice_grams(selected, a[:, :, :cut], b[:, :, :cut], how)
             for each, block in zip(members, grams, strict=True):
-                if isinstance(self.stored, InputSide) and each.rows:
+                if isinstance(each, Slices) and each.rows:
                     block -= _overlap(each, self.stored, a, b, how)
-                found.append((each, block))
-        return found
+        return members, grams
 
 
 def jobs(maps: Mapping[str, Maps]) -> list[Job]:
@@ -133,20 +124,38 @@ def jobs(maps: Mapping[str, Maps]) -> list[Job]:
     return found
 
 
-def _selected(slices: Sequence[int], members: Sequence[Slices]) -> Tensor:
-    """Return the weight of every slice in every selection, ``(members, slices)``."""
-    place = {index: i for i, index in enumerate(slices)}
+def _rows_of(stored: Slices, members: Sequence[Map]) -> list[list[float]]:
+    """Return the weight of every stored row in every member."""
     selected = []
     for each in members:
+        assert isinstance(each, Slices)
         weights = each.weights()
-        values = [1.0] if weights is None else weights.tolist()
-        # A row's entries have one weight, and so have all of a column selection.
-        step = len(values) if each.columns else each.of.inputs
-        own = [0.0] * len(slices)
-        for number, index in enumerate(each.columns or each.rows):
-            own[place[index]] = values[number * step % len(values)]
+        step = each.of.inputs
+        values = [1.0] * len(each.rows) if weights is None else weights[::step].tolist()
+        own = dict(zip(each.rows, values, strict=True))
+        selected.append([own.get(row, 0.0) for row in stored.rows])
+    return selected
+
+
+def _inputs_of(stored: InputSide, members: Sequence[Map]) -> list[list[float]]:
+    """Return the weight of every column and every row of an A in every member."""
+    selected = []
+    place = {column: i for i, column in enumerate(stored.columns)}
+    ranks = dict(zip(stored.pairs, stored.places, strict=True))
+    count = len(place) + sum(pair.rank for pair in stored.pairs)
+    for each in members:
+        weights = each.weights()
+        # All columns have the same probability of selection, and a pair one weight.
+        weight = 1.0 if weights is None else float(weights[0])
+        own = [0.0] * count
+        if isinstance(each, LowRank):
+            own[ranks[each]] = [weight] * each.rank
+        else:
+            assert isinstance(each, Slices)
+            for column in each.columns:
+                own[place[column]] = weight
         selected.append(own)
-    return torch.tensor(selected, dtype=torch.float64)
+    return selected
 
 
 def _overlap(

@@ -34,8 +34,8 @@ from ntk.function import (
     logits,
     to_batches,
 )
+from ntk.resolution import resolve
 from ntk.spaces import Full, Space
-from rocoft.architecture import Architecture
 
 Reduction = Literal["full", "trace", "margin"]
 Kind = Literal["sgd", "signgd", "asymmetric_signgd"]
@@ -180,8 +180,7 @@ def compute(
     _check_choices(spaces, reduce, kind, implementation)
     check_model(model)
     device = next(model.parameters()).device
-    architecture = Architecture(model)
-    maps = {name: space.maps(architecture) for name, space in spaces.items()}
+    maps = resolve(spaces, model)
     left = to_batches(inputs, device, batch_size)
     if other is None:
         right = left

@@ -221,6 +221,10 @@ class InputSide:
     columns: tuple[int, ...]
     pairs: tuple[LowRank, ...]
 
+    def __hash__(self) -> int:
+        """Hash without the pairs: it is looked up at every gradient."""
+        return hash((self.of, self.columns))
+
     @cached_property
     def _column_places(self) -> slice | Tensor:
         return _places(self.columns)

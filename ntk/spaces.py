@@ -92,6 +92,11 @@ class Space:
         return {name: available[name] for name in chosen}
 
     @property
+    def lasting(self) -> bool:
+        """Whether it is resolved alike whatever the values of the weights."""
+        return True
+
+    @property
     def name(self) -> str:
         """The space as `parse` reads it."""
         text = self._term()
@@ -208,6 +213,12 @@ class _Sliced(_OfLinear):
     def needs_examples(self) -> bool:
         """Whether `calibration.calibrate` must fix the indices first."""
         return self.indices is None and self.strategy in DATA_STRATEGIES
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it is resolved alike whatever the values of the weights."""
+        given = isinstance(self.indices, Mapping)
+        return not given and self.strategy in {"first", "last", "random"}
 
     def chosen(
         self, of: LinearWeight, values: Tensor, statistics: Tensor | None = None
@@ -365,6 +376,11 @@ class Sum(Space):
 
     parts: tuple[Space, ...] = ()
 
+    @property
+    def lasting(self) -> bool:
+        """Whether it is resolved alike whatever the values of the weights."""
+        return all(part.lasting for part in self.parts)
+
     def at(self, *patterns: str) -> Self:
         """Return the sum with every part restricted to matching parameters."""
         return replace(self, parts=tuple(p.at(*patterns) for p in self.parts))
@@ -399,6 +415,11 @@ class Without(Space):
 
     space: Space
     excluded: tuple[str, ...]
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it is resolved alike whatever the values of the weights."""
+        return self.space.lasting
 
     def maps(self, model: nn.Module | Architecture) -> Maps:
         """Resolve the space and leave the excluded parameters out."""

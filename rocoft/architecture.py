@@ -43,6 +43,10 @@ class LinearWeight:
     output_dim: int
     parts: tuple[tuple[int, ...] | range, ...]
 
+    def __hash__(self) -> int:
+        """Hash by name: weights are looked up often, and few share theirs."""
+        return hash(self.name)
+
     @property
     def narrow_axis(self) -> Literal["row", "column"]:
         """What is shorter, a row or a column; rows if they are alike."""

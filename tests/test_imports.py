@@ -14,9 +14,10 @@ export metrics console files meter methods checkpoints search trainer language s
 options results train
 """
 NTK = """
-function maps spaces notation factors positions contraction rules capture coverage
-passes jacobian features jobs engine kernel calibration certificate storage spectrum
-distance classifiers linearize evaluation plots report options compare
+function maps spaces resolution notation factors positions contraction rules capture
+coverage passes jacobian features jobs accumulator engine kernel calibration
+certificate storage spectrum distance classifiers linearize evaluation plots report
+options compare
 """
 ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}
 FILES = [

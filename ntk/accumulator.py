@@ -1,0 +1,86 @@
+"""Sums of Gram matrices: the kernels of spaces and what parameters add to traces.
+
+A kernel is a sum over parameters, and the Gram matrix of one parameter and map belongs
+to every space that holds it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Accumulator:
+    """Adds up the Gram matrices of several spaces in float64.
+
+    Args:
+        spaces: Their names.
+        n: Number of left examples.
+        m: Number of right examples.
+        traced: Whether the right examples are the first of the left ones, so that there
+            is a trace.
+    """
+
+    def __init__(self, spaces: Sequence[str], n: int, m: int, *, traced: bool) -> None:
+        self.spaces = spaces
+        self.n, self.m = n, m
+        self.traced = traced
+        self._sums: dict[str, Tensor] = {}
+        self._added: list[tuple[str, Sequence[Sequence[str]]]] = []
+        self._traces: list[Tensor] = []
+
+    def add(self, name: str, holders: Sequence[Sequence[str]], grams: Tensor) -> None:
+        """Add what one parameter contributes.
+
+        Args:
+            name: The parameter.
+            holders: For each Gram matrix the spaces that it belongs to.
+            grams: ``(k, c n, c m)``, or ``(k, n, m)`` if outputs are summed over.
+        """
+        for each, spaces in zip(grams, holders, strict=True):
+            for space in spaces:
+                if space in self._sums:
+                    self._sums[space] += each
+                else:
+                    self._sums[space] = each.to(torch.float64, copy=True)
+        if self.traced:
+            self._added.append((name, holders))
+            self._traces.append(self._trace(grams))
+
+    def grams(self, outputs: int, like: Tensor) -> dict[str, Tensor]:
+        """Return each space's Gram matrix; zero where nothing was added.
+
+        Args:
+            outputs: How often each example stands on an axis of a Gram matrix.
+            like: A tensor on the device of the Gram matrices.
+
+        Returns:
+            For each space ``(c n, c m)`` or ``(n, m)`` in float64.
+        """
+        shape = (outputs * self.n, outputs * self.m)
+        for space in self.spaces:
+            if space not in self._sums:
+                self._sums[space] = like.new_zeros(shape, dtype=torch.float64)
+        return self._sums
+
+    def traces(self) -> dict[str, dict[str, float]]:
+        """Return, for each space, what each parameter adds to the trace."""
+        found: dict[str, dict[str, float]] = {space: {} for space in self.spaces}
+        values = torch.cat(self._traces).tolist() if self._traces else []
+        held = [(name, spaces) for name, each in self._added for spaces in each]
+        for (name, spaces), value in zip(held, values, strict=True):
+            for space in spaces:
+                found[space][name] = found[space].get(name, 0.0) + value
+        return found
+
+    def _trace(self, grams: Tensor) -> Tensor:
+        """Return the traces ``(k,)`` over the right examples, which lead the left."""
+        k, rows, columns = grams.shape
+        if rows == columns:
+            same = grams.diagonal(dim1=1, dim2=2)
+        else:
+            c = rows // self.n
+            by_output = grams.reshape(k, c, self.n, c, self.m)[:, :, : self.m]
+            outputs = by_output.diagonal(dim1=1, dim2=3)
+            same = outputs.diagonal(dim1=1, dim2=2).flatten(1)
+        return same.sum(dim=1, dtype=torch.float64)

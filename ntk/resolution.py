@@ -1,0 +1,55 @@
+"""Spaces resolved on a model, the last ones kept as long as the model has not changed.
+
+Resolving thirty spaces anew takes as long as a pass over a few sentences. What depends
+on the values of the weights, such as their largest rows, is always resolved anew.
+"""
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ntk.maps import Maps
+from ntk.spaces import Space
+from rocoft.architecture import Architecture
+
+_kept: WeakKeyDictionary[nn.Module, tuple[object, dict[Space, Maps]]] = (
+    WeakKeyDictionary()
+)
+
+
+def resolve(spaces: Mapping[str, Space], model: nn.Module) -> dict[str, Maps]:
+    """Resolve spaces on a model.
+
+    Args:
+        spaces: Tangent spaces by name.
+        model: The model.
+
+    Returns:
+        For each space the maps of every parameter that it touches.
+    """
+    signature = _signature(model)
+    last, known = _kept.get(model, (None, {}))
+    if last != signature:
+        known = {}
+    architecture: Architecture | None = None
+    found: dict[str, Maps] = {}
+    kept: dict[Space, Maps] = {}
+    for name, space in spaces.items():
+        maps = known.get(space) if space.lasting else None
+        if maps is None:
+            architecture = architecture or Architecture(model)
+            maps = space.maps(architecture)
+        if space.lasting:
+            kept[space] = maps
+        found[name] = maps
+    _kept[model] = (signature, kept)
+    return found
+
+
+def _signature(model: nn.Module) -> object:
+    """Return what selections depend on but for the values of the weights."""
+    return (
+        [(path, type(module)) for path, module in model.named_modules()],
+        [(n, p.shape, p.requires_grad) for n, p in model.named_parameters()],
+    )
