@@ -104,6 +104,15 @@ class RoCoFTModel(BaseTuner):
             merge, progressbar, safe_merge, adapter_names
         )
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module
+    ) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # A head of several layers has no weight of its own, which peft expects.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _check_mergeable(self, adapter_names: list[str] | None, safe: bool) -> None:
         for name, layer in self.model.named_modules():
             if not isinstance(layer, RoCoFTLinear):

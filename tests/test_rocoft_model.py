@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 from rocoft import RoCoFTConfig, RoCoFTModel, SelectionError
+from rocoft.architecture import Architecture
 from rocoft.config import ROCOFT, _peft_type
 from rocoft.model import _register
 
@@ -217,3 +218,19 @@ def test_peft_knows_the_method_once():
     assert f"{member.value}{member.name}" == "ROCOFTROCOFT"
     _register()
     assert PEFT_TYPE_TO_TUNER_MAPPING["ROCOFT"] is RoCoFTModel
+
+
+@pytest.mark.parametrize("family", ["roberta", "electra", "mpnet", "bart", "bert"])
+def test_a_head_of_several_layers_is_unloaded_with_its_training(family):
+    module, inputs = BY_NAME[family].build(), BY_NAME[family].inputs()
+    (head,) = {n.split(".")[0] for n in Architecture(module).head}
+    model = adapted(module, r=2, task_type="SEQ_CLS", modules_to_save=[head]).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1
+    expected = model(**inputs).logits
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(**inputs).logits, expected, rtol=1e-9, atol=1e-12)
+    plain = BY_NAME[family].build()
+    assert merged.state_dict().keys() == plain.state_dict().keys()
