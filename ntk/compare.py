@@ -106,7 +106,8 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def _split(options: argparse.Namespace) -> Any:
-    from rocoft.tasks import few_shot, load_file, load_task, with_prompt
+    from rocoft.splits import few_shot
+    from rocoft.tasks import load_file, load_task, with_prompt
 
     if options.data is not None:
         task = load_file(options.data)

@@ -30,7 +30,7 @@ from ntk.kernel import Implementation, Kind, compute, gram_matrix, reduced
 from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum, Without
 from rocoft.architecture import Architecture, SelectionError
 from rocoft.backbone import Backbone
-from rocoft.tasks import Split
+from rocoft.splits import Split
 
 Array = NDArray[np.float64]
 Record = dict[str, Any]

@@ -6,7 +6,8 @@ from rocoft.config import RoCoFTConfig
 from rocoft.export import export_lora
 from rocoft.model import RoCoFTModel, calibrated
 from rocoft.slices import parameter_count
-from rocoft.tasks import few_shot, load_file, load_task
+from rocoft.splits import few_shot
+from rocoft.tasks import load_file, load_task
 
 __all__ = [
     # which parameters

@@ -38,7 +38,8 @@ from transformers import (
 
 from rocoft.architecture import Architecture
 from rocoft.readouts import LabelWords, MeanPooled, Prompted, logits
-from rocoft.tasks import Example, Prompt, Split
+from rocoft.splits import Split
+from rocoft.tasks import Example, Prompt
 
 Readout = Literal["head", "masked", "causal"]
 Head = Literal["probe", "random"]

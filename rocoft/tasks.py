@@ -1,4 +1,4 @@
-"""Text-classification tasks: from files or the Hub to few-shot and full splits.
+"""Text-classification tasks: labelled texts from files or the Hub, and their prompts.
 
 A task is a list of labelled texts or pairs of texts, the names of its labels and,
 for prompts, a template with label words. Templates and label words are those of
@@ -10,18 +10,19 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from sklearn.model_selection import train_test_split
+from typing import Any, NamedTuple
 
 DEFAULT_TASK = "reviews"
 TABLES = (".csv", ".tsv")
 SCORE = "score"
 """The name of a regression's label."""
+LMBFF_FILE = "lmbff16.json"
+"""Beside a task's texts, the rows of LM-BFF's published splits."""
+LMBFF_SHOTS = 16
+"""Training examples of each label in those splits."""
 
 
 class TaskError(ValueError):
@@ -67,6 +68,13 @@ class Example:
     label: int | float
 
 
+class FewShotRows(NamedTuple):
+    """Numbers, from 0, of a task's training examples that a few-shot split takes."""
+
+    train: tuple[int, ...]
+    dev: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Task:
     """Labelled texts.
@@ -78,6 +86,7 @@ class Task:
         test: Examples to draw test examples from; empty if they come from ``train``.
         prompt: For language models, if there is one.
         source: Where the texts are from.
+        published: Of LM-BFF's published 16-shot splits, by seed, if they are known.
     """
 
     name: str
@@ -86,22 +95,12 @@ class Task:
     test: tuple[Example, ...]
     prompt: Prompt | None
     source: str
+    published: Mapping[int, FewShotRows] = field(default_factory=dict, hash=False)
 
     @property
     def regression(self) -> bool:
         """Whether the labels are scores."""
         return len(self.labels) == 1
-
-
-@dataclass(frozen=True)
-class Split:
-    """Examples of a task to train on, to choose by (if any) and to test on."""
-
-    task: Task
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
-    seed: int
-    dev: tuple[Example, ...] = ()
 
 
 _SENTIMENT = Prompt("{a} It was {mask}.", ("terrible", "great"), "{a} It was")
@@ -254,111 +253,6 @@ def with_prompt(
     return replace(task, prompt=Prompt(template, words, causal))
 
 
-def few_shot(
-    task: Task, shots: int, test_size: int, seed: int, *, dev_shots: int = 0
-) -> Split:
-    """Draw training examples of every label and test examples.
-
-    Args:
-        task: The task.
-        shots: Training examples of each label.
-        test_size: Most test examples.
-        seed: Of the training examples. Test examples that come from a split of their
-            own are the same for all seeds.
-        dev_shots: Examples of each label to choose hyperparameters by, as LM-BFF
-            draws them: other ones, as many as ``shots``.
-
-    Returns:
-        The split; training examples label by label.
-
-    Raises:
-        TaskError: If a label has too few examples, or none are left to test on.
-    """
-    if shots < 1 or test_size < 1:
-        raise TaskError(f"shots={shots} and test_size={test_size} must be at least 1.")
-    if task.regression:
-        raise TaskError(
-            f"task {task.name!r} is a regression: it has no labels of which to draw "
-            f"shots={shots}. Use all its examples."
-        )
-    order = np.random.default_rng(seed).permutation(len(task.train))
-    chosen: list[int] = []
-    dev: list[int] = []
-    for label, name in enumerate(task.labels):
-        own = [int(i) for i in order if task.train[i].label == label]
-        if len(own) < shots + dev_shots:
-            extra = f" and dev_shots={dev_shots}" if dev_shots else ""
-            raise TaskError(
-                f"label {name!r} of task {task.name!r} has {len(own)} examples, fewer "
-                f"than shots={shots}{extra}. Lower --shots or add examples."
-            )
-        chosen += own[:shots]
-        dev += own[shots : shots + dev_shots]
-    pool = _test_pool(task)
-    if not task.test:
-        taken = {*chosen, *dev}
-        pool = [task.train[int(i)] for i in order if int(i) not in taken]
-    if not pool:
-        raise TaskError(
-            f"task {task.name!r} has no examples left to test on after shots={shots}. "
-            "Lower --shots or add examples."
-        )
-    train, held = (tuple(task.train[i] for i in some) for some in (chosen, dev))
-    return Split(task, train, tuple(pool[:test_size]), seed, held)
-
-
-def full_split(
-    task: Task, *, seed: int, dev_share: float = 0.1, test_size: int | None = None
-) -> Split:
-    """Take all of a task's examples, some of the training ones to choose by.
-
-    Args:
-        task: The task. If it has no test examples of its own, a fifth of all is drawn
-            for the test, the same for all seeds.
-        seed: Of the draw of the dev examples.
-        dev_share: Share of the training examples that becomes dev examples, of each
-            label in proportion.
-        test_size: Most test examples; None means all.
-
-    Returns:
-        The split; the three parts are disjoint.
-
-    Raises:
-        TaskError: If a part would be empty.
-    """
-    train, test = list(task.train), _test_pool(task)
-    if not test:
-        train, test = _parted(task, train, 0.2, 0)
-    train, dev = _parted(task, train, dev_share, seed)
-    return Split(task, tuple(train), tuple(test[:test_size]), seed, tuple(dev))
-
-
-def _test_pool(task: Task) -> list[Example]:
-    """Return the task's own test examples, in an order that is the same always."""
-    fixed = np.random.default_rng(0).permutation(len(task.test))
-    return [task.test[int(i)] for i in fixed]
-
-
-def _parted(
-    task: Task, examples: Sequence[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Draw a share of the examples, of each label in proportion; return both parts."""
-    try:
-        rest, drawn = train_test_split(
-            examples,
-            test_size=share,
-            random_state=seed,
-            stratify=None if task.regression else [e.label for e in examples],
-        )
-    except ValueError as error:
-        raise TaskError(
-            f"the {len(examples)} examples of task {task.name!r} cannot be parted, "
-            f"{share:g} of them to choose or test by: {_first_line(error)}. Add "
-            "examples."
-        ) from None
-    return rest, drawn
-
-
 def _from_folder(name: str, folder: Path, source: str, regression: bool) -> Task:
     rows = _rows(folder / "train.jsonl")
     classes = _classes(rows, folder / "train.jsonl", regression)
@@ -368,7 +262,51 @@ def _from_folder(name: str, folder: Path, source: str, regression: bool) -> Task
         test_rows = _rows(folder / "test.jsonl")
         test = _examples(test_rows, classes, folder / "test.jsonl")
     labels = tuple(classes.values())
-    return Task(name, labels, train, test, PROMPTS.get(name), source)
+    task = Task(name, labels, train, test, PROMPTS.get(name), source)
+    if (folder / LMBFF_FILE).is_file():
+        task = replace(task, published=_published(task, folder / LMBFF_FILE))
+    return task
+
+
+def _published(task: Task, path: Path) -> dict[int, FewShotRows]:
+    """Read the rows of published splits, ``{"13": {"train": [...], "dev": [...]}}``."""
+    mend = "Get the whole file, or remove it: splits are then drawn by LM-BFF's rule."
+    try:
+        seeds = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise TaskError(
+            f"file {str(path)!r} is not JSON, or was cut short: {error}. {mend}"
+        ) from None
+    if not isinstance(seeds, dict) or not seeds or not all(map(str.isdecimal, seeds)):
+        raise TaskError(
+            f"file {str(path)!r} is not a JSON object that gives the rows of each "
+            f"seed, a whole number. {mend}"
+        )
+    for seed, parts in seeds.items():
+        for part in FewShotRows._fields:
+            rows = parts.get(part) if isinstance(parts, dict) else None
+            if fault := _fault(task, rows):
+                raise TaskError(
+                    f"file {str(path)!r}: {part!r} of seed {seed} {fault}. {mend}"
+                )
+    return {
+        int(seed): FewShotRows(tuple(parts["train"]), tuple(parts["dev"]))
+        for seed, parts in seeds.items()
+    }
+
+
+def _fault(task: Task, rows: object) -> str:
+    """Say why something is no list of a split's rows; empty if it is one."""
+    if not isinstance(rows, list) or not rows:
+        return "is no list of rows"
+    last = len(task.train) - 1
+    if odd := [row for row in rows if type(row) is not int or not 0 <= row <= last]:
+        return f"has {odd[0]!r}, which is no row of train.jsonl, from 0 to {last}"
+    held = {task.train[row].label for row in rows}
+    if task.regression or len(held) == len(task.labels):
+        return ""
+    absent = [name for label, name in enumerate(task.labels) if label not in held]
+    return f"has no row of label {', '.join(map(repr, absent))}"
 
 
 def _from_hub(
@@ -450,8 +388,16 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
         raise TaskError(
             f"file {str(path)!r} must end in .jsonl, .csv or .tsv, not {kind!r}."
         )
+    text = _text(path)
+    if kind in TABLES:
+        lines = io.StringIO(text, newline="")
+        return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
+    return list(_json_rows(text, path))
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise TaskError(f"file {str(path)!r} does not exist.") from None
     except OSError as error:
@@ -463,10 +409,6 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
             f"file {str(path)!r} is not UTF-8: byte {error.object[error.start]:#04x} "
             f"at position {error.start}. Save it as UTF-8."
         ) from None
-    if kind in TABLES:
-        lines = io.StringIO(text, newline="")
-        return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
-    return list(_json_rows(text, path))
 
 
 def _json_rows(text: str, path: Path) -> Iterable[Mapping[str, Any]]:

@@ -277,7 +277,7 @@ def _check_prompt(options: Options, split: Any, backbone: Any) -> None:
 
 
 def _split(options: Options, task: Any) -> Any:
-    from rocoft.tasks import few_shot, full_split
+    from rocoft.splits import few_shot, full_split
 
     shots, size, seed = options.task.shots, options.task.test_size, options.task.seed
     if shots is None:

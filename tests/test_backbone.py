@@ -14,7 +14,8 @@ from sklearn.linear_model import LogisticRegression
 
 from rocoft import backbone as backbone_module
 from rocoft.backbone import BackboneError, MeanPooled, embedded_folder, load_backbone
-from rocoft.tasks import PROMPTS, Example, Prompt, Split, Task, few_shot, load_task
+from rocoft.splits import Split, few_shot
+from rocoft.tasks import PROMPTS, Example, Prompt, Task, load_task
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

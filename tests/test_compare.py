@@ -20,7 +20,8 @@ from ntk.spaces import Bias, Columns, Embeddings, LoRA, Norm, Rows
 from ntk.storage import load_kernels
 from rocoft import backbone
 from rocoft.backbone import load_backbone
-from rocoft.tasks import TaskError, few_shot, load_task
+from rocoft.splits import few_shot
+from rocoft.tasks import TaskError, load_task
 
 TINY = ["--shots", "4", "--test-size", "8", "--rows", "1", "--layers", "0"]
 

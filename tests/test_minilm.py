@@ -9,7 +9,8 @@ from ntk.kernel import empirical_ntk
 from ntk.spaces import Bias, Columns, Embeddings, Full, Head, LoRA, Norm, Rows
 from rocoft.architecture import Architecture
 from rocoft.backbone import MeanPooled, embedded_folder, load_backbone
-from rocoft.tasks import few_shot, load_task
+from rocoft.splits import few_shot
+from rocoft.tasks import load_task
 
 SPACES = {
     "full": Full(),

@@ -1,14 +1,14 @@
-"""Tasks: what is read from files, what is refused, how few-shot splits are drawn."""
+"""Tasks: what is read from files, what is refused."""
 
 import csv
 import json
 import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rocoft.splits import few_shot
 from rocoft.tasks import (
     HUB,
     PROMPTS,
@@ -16,7 +16,6 @@ from rocoft.tasks import (
     Prompt,
     Task,
     TaskError,
-    few_shot,
     load_file,
     load_task,
     with_prompt,
@@ -57,13 +56,6 @@ def folder(path, train, test):
     jsonl(path / "train.jsonl", train)
     jsonl(path / "test.jsonl", test)
     return path.parent
-
-
-def numbered(count=40, classes=2, test=0):
-    """A task whose texts are numbers; the test texts go on from the training ones."""
-    examples = tuple(Example(str(i), None, i % classes) for i in range(count + test))
-    names = tuple("abcdef"[:classes])
-    return Task("numbers", names, examples[:count], examples[count:], None, "here")
 
 
 # What is read.
@@ -335,59 +327,6 @@ def test_refused_labels_of_a_test_file(tmp_path):
         load_task("own", data)
 
 
-# Few-shot splits.
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_split_has_as_many_of_each_label(classes):
-    split = few_shot(numbered(60, classes, test=30), 5, 12, 0)
-    assert Counter(e.label for e in split.train) == dict.fromkeys(range(classes), 5)
-    assert [e.label for e in split.train] == sorted(e.label for e in split.train)
-    assert len(set(split.train)) == 5 * classes
-    assert len(split.test) == len(set(split.test)) == 12
-
-
-def test_split_is_seeded():
-    task = numbered(test=20)
-    assert few_shot(task, 4, 8, 1) == few_shot(task, 4, 8, 1)
-    assert len({few_shot(task, 4, 8, seed).train for seed in range(5)}) == 5
-
-
-def test_test_examples_of_their_own_split_are_the_same_for_all_seeds():
-    task = numbered(test=20)
-    drawn = {few_shot(task, 4, 8, seed).test for seed in range(5)}
-    assert len(drawn) == 1
-    assert set(drawn.pop()) <= set(task.test)
-    # A smaller test set is the beginning of a larger one.
-    assert few_shot(task, 4, 8, 0).test == few_shot(task, 4, 12, 3).test[:8]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_examples_of_one_file_are_drawn_once(seed):
-    split = few_shot(numbered(20), 4, 100, seed)
-    assert not set(split.train) & set(split.test)
-    assert len(split.test) == 20 - 8
-
-
-def test_test_examples_come_from_the_test_split():
-    task = numbered(20, test=30)
-    assert set(few_shot(task, 4, 100, 0).test) == set(task.test)
-
-
-@pytest.mark.parametrize(
-    ("shots", "test_size", "message"),
-    [
-        (11, 5, "label 'a' .* has 10 examples, fewer than shots=11. Lower --shots"),
-        (10, 5, "no examples left to test on after shots=10"),
-        (0, 5, "shots=0 .* at least 1"),
-        (5, 0, "test_size=0 .* at least 1"),
-    ],
-)
-def test_refused_splits(shots, test_size, message):
-    with pytest.raises(TaskError, match=message):
-        few_shot(numbered(20), shots, test_size, 0)
-
-
 def test_other_label_words_keep_the_task_s_prompt_for_causal_models():
     old = PROMPTS["mnli"]
     task = Task("mnli", ("0", "1", "2"), (), (), old, "made")
@@ -397,3 +336,60 @@ def test_other_label_words_keep_the_task_s_prompt_for_causal_models():
     assert (other.words, other.causal) == (old.words, "{a} so {b} is")
     with pytest.raises(TaskError, match="one of --label-words for each"):
         with_prompt(task, None, ["yes"])
+
+
+# Published splits.
+
+
+def published(path, content):
+    """A folder with four examples, two of each label, and a file of splits."""
+    data = folder(path / "own", labelled(0, 1, 1, 0), labelled(0, 1))
+    text = content if isinstance(content, str) else json.dumps(content)
+    (data / "own" / "lmbff16.json").write_text(text, encoding="utf-8")
+    return data
+
+
+def test_rows_of_published_splits_are_read_in_their_order(tmp_path):
+    rows = {
+        "13": {"train": [2, 0], "dev": [3, 1]},
+        "7": {"train": [1, 3], "dev": [0, 2]},
+    }
+    task = load_task("own", published(tmp_path, rows))
+    assert task.published == {13: ((2, 0), (3, 1)), 7: ((1, 3), (0, 2))}
+    assert task.published[7].dev == (0, 2)
+    assert with_prompt(task, "{a} {mask}", ["x", "y"]).published == task.published
+    # Tasks stay keys of dictionaries.
+    assert {task: "known"}[task] == "known"
+    bare = folder(tmp_path / "bare" / "own", labelled(0, 1), labelled(0, 1))
+    assert load_task("own", bare).published == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not JSON, or was cut short: Expecting value"),
+        ('{"13": {"train": [0, 1], "dev": [2', "is not JSON, or was cut short"),
+        ([[0, 1], [2, 3]], "is not a JSON object that gives the rows of each seed"),
+        ({}, "is not a JSON object that gives the rows of each seed"),
+        ({"train": [0, 1], "dev": [2, 3]}, "is not a JSON object that gives the rows"),
+        ({"-1": {"train": [0, 1], "dev": [2, 3]}}, "is not a JSON object that gives"),
+        ({"13": [[0, 1], [2, 3]]}, "'train' of seed 13 is no list of rows"),
+        ({"13": {"train": [0, 1]}}, "'dev' of seed 13 is no list of rows"),
+        ({"13": {"train": [], "dev": [2, 3]}}, "'train' of seed 13 is no list of rows"),
+        ({"13": {"train": "01", "dev": [2, 3]}}, "'train' of seed 13 is no list"),
+        ({"13": {"train": [0, 4], "dev": [2, 3]}}, "has 4, which .* from 0 to 3"),
+        ({"13": {"train": [0, -1], "dev": [2, 3]}}, "'train' of seed 13 has -1, which"),
+        ({"13": {"train": [0, 1.0], "dev": [2, 3]}}, "has 1.0, which is no row"),
+        ({"13": {"train": [0, True], "dev": [2, 3]}}, "has True, which is no row"),
+        ({"13": {"train": ["0", 1], "dev": [2, 3]}}, "has '0', which is no row"),
+        ({"13": {"train": [0, 3], "dev": [1, 2]}}, "'train' .* no row of label '1'"),
+        ({"13": {"train": [0, 1], "dev": [2]}}, "'dev' of seed 13 has no row of label"),
+    ],
+    ids=str,
+)
+def test_refused_files_of_published_splits(tmp_path, content, message):
+    data = published(tmp_path, content)
+    with pytest.raises(TaskError, match=message) as caught:
+        load_task("own", data)
+    assert "lmbff16.json" in str(caught.value)
+    assert "Get the whole file, or remove it" in str(caught.value)

@@ -79,7 +79,8 @@ def predictions(folder):
 
 def logits_of(model, place, folder):
     """Return a model's logits of the test examples, by their texts."""
-    from rocoft.tasks import full_split, load_file
+    from rocoft.splits import full_split
+    from rocoft.tasks import load_file
 
     split = full_split(load_file(place.data), seed=0)
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)
@@ -158,7 +159,8 @@ def test_a_prompted_model_is_saved_as_the_language_model_it_is(asked, place):
             model = PeftModel.from_pretrained(model, folder / "adapter")
         kind = "model" if method == "full" else "adapter"
         tokenizer = tf.AutoTokenizer.from_pretrained(folder / kind)
-        from rocoft.tasks import full_split, load_file
+        from rocoft.splits import full_split
+        from rocoft.tasks import load_file
 
         split = full_split(load_file(place.data), seed=0)
         text = f"{split.test[0].a} it [MASK]"
@@ -183,7 +185,8 @@ def test_without_model_and_task_the_embedded_ones_and_it_says_so(tmp_path, capsy
     body = tf.AutoModel.from_pretrained(embedded_folder())
     body.pooler = None
     model = PeftModel.from_pretrained(MeanPooled(body, 2), folder / "adapter").eval()
-    from rocoft.tasks import few_shot, load_task
+    from rocoft.splits import few_shot
+    from rocoft.tasks import load_task
 
     split = few_shot(load_task("reviews"), 4, 8, 0, dev_shots=4)
     tokenizer = tf.AutoTokenizer.from_pretrained(folder / "adapter")

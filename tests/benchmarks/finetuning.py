@@ -37,7 +37,8 @@ import transformers
 
 from rocoft.backbone import load_backbone
 from rocoft.methods import parse_method
-from rocoft.tasks import full_split, load_task
+from rocoft.splits import full_split
+from rocoft.tasks import load_task
 from rocoft.trainer import fine_tune
 from tests.benchmarks import setting
 from tests.benchmarks.table import rounded, write
