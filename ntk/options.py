@@ -28,45 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "for sums. Exit codes: 0 done, 2 bad input, 130 interrupted.",
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        metavar="ID",
-        help="hub id or local folder (default: the embedded MiniLM)",
-    )
-    add(
-        "--readout",
-        choices=("head", "masked", "causal"),
-        help="outputs: logits of a "
-        "classification head, or of label words at the mask or after the prompt "
-        "(default: label words for language models whose task has a prompt, else head)",
-    )
-    add(
-        "--head-init",
-        choices=("probe", "random"),
-        default="probe",
-        help="how a head "
-        "that the checkpoint lacks is made: fitted to the training examples by "
-        "logistic regression, or seeded random (default: %(default)s)",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "float64"),
-        default="float32",
-        help="precision of the model (default: %(default)s)",
-    )
-    add(
-        "--device",
-        default="cpu",
-        help="where to compute, such as cuda (default: %(default)s)",
-    )
-    add(
-        "--max-length",
-        type=_positive,
-        default=128,
-        metavar="TOKENS",
-        help="longer examples are cut, the report says how many (default: %(default)s)",
-    )
+    add_model_options(parser)
     add = parser.add_argument_group("task").add_argument
     add(
         "--task",
@@ -101,14 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--shots",
-        type=_positive,
+        type=positive,
         default=16,
         metavar="K",
         help="training examples of each label (default: %(default)s)",
     )
     add(
         "--test-size",
-        type=_positive,
+        type=positive,
         default=200,
         metavar="N",
         help="most test examples (default: %(default)s)",
@@ -208,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--batch-size",
-        type=_positive,
+        type=positive,
         default=32,
         metavar="N",
         help="examples in one pass; changes time and memory (default: %(default)s)",
@@ -238,11 +200,61 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(given: Sequence[str]) -> argparse.Namespace:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model is used and how it is read out.
+
+    Args:
+        parser: Of a command.
+    """
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        metavar="ID",
+        help="hub id or local folder (default: the embedded MiniLM)",
+    )
+    add(
+        "--readout",
+        choices=("head", "masked", "causal"),
+        help="outputs: logits of a "
+        "classification head, or of label words at the mask or after the prompt "
+        "(default: label words for language models whose task has a prompt, else head)",
+    )
+    add(
+        "--head-init",
+        choices=("probe", "random"),
+        default="probe",
+        help="how a head "
+        "that the checkpoint lacks is made: fitted to the training examples by "
+        "logistic regression, or seeded random (default: %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="precision of the model (default: %(default)s)",
+    )
+    add(
+        "--device",
+        default="cpu",
+        help="where to compute, such as cuda (default: %(default)s)",
+    )
+    add(
+        "--max-length",
+        type=positive,
+        default=128,
+        metavar="TOKENS",
+        help="longer examples are cut, the report says how many (default: %(default)s)",
+    )
+
+
+def parse_options(
+    given: Sequence[str], parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
     """Parse flags over the values of a configuration file.
 
     Args:
         given: Arguments of the command.
+        parser: Of the command, with ``--config``; None means that of this module.
 
     Returns:
         The options.
@@ -250,7 +262,7 @@ def parse_options(given: Sequence[str]) -> argparse.Namespace:
     Raises:
         TaskError: If the configuration file cannot be read or names no option.
     """
-    parser = build_parser()
+    parser = parser or build_parser()
     first = parser.parse_args(given)
     if first.config is None:
         return first
@@ -286,7 +298,18 @@ def _as_flags(action: argparse.Action, value: Any) -> list[str]:
     return [flag, *map(str, values)]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a whole number of at least 1.
+
+    Args:
+        text: Of an option.
+
+    Returns:
+        The number.
+
+    Raises:
+        ArgumentTypeError: If it is less.
+    """
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")

@@ -8,19 +8,20 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from ntk.plots import CLASSIFIERS, draw_figures, inline_svg, to_png, to_svg
-from ntk.storage import StorageError, write_text
+from ntk.storage import StorageError, finite, write_text
 
 Record = Mapping[str, Any]
 
@@ -148,16 +149,16 @@ def markdown(record: Record) -> str:
         record: Of one evaluation.
     """
     titles, body = rows(record)
-    lines = [f"# {_escape(_title(record))}", "", _escape(question(record)), ""]
-    lines += [f"- {_escape(line)}" for line in summary_lines(record)]
+    lines = [f"# {escape(_title(record))}", "", escape(question(record)), ""]
+    lines += [f"- {escape(line)}" for line in summary_lines(record)]
     lines += ["", f"| space | {' | '.join(titles)} |"]
     lines += ["|---" + "|---:" * len(titles) + "|"]
     for row in body:
         cells = (" ± ".join(filter(None, row.cell(title))) for title in titles)
-        lines.append(f"| {_escape(row.label)} | {' | '.join(cells)} |")
+        lines.append(f"| {escape(row.label)} | {' | '.join(cells)} |")
     lines += ["", "## What was run", ""]
     ran = ("command", "created", "model", "task", "kernel", "versions", "timing")
-    lines += [f"- {key}: {_escape(_flat(record.get(key)))}" for key in ran]
+    lines += [f"- {key}: {escape(flat(record.get(key)))}" for key in ran]
     return "\n".join(lines) + "\n"
 
 
@@ -168,17 +169,11 @@ def html(record: Record, figures: Mapping[str, str]) -> str:
         record: Of one evaluation.
         figures: SVG by name, as `ntk.plots.to_svg` writes it.
     """
-    environment = Environment(
-        loader=PackageLoader("ntk", "."),
-        autoescape=True,
-        undefined=ChainableUndefined,
-        finalize=lambda value: DASH if value is None else value,
-    )
-    environment.filters["number"] = _number
     titles, body = rows(record)
     lines = summary_lines(record)
     asked = sum(space.get("role") == "requested" for space in _spaces(record))
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         record=record,
         title=_title(record),
         question=question(record),
@@ -191,28 +186,34 @@ def html(record: Record, figures: Mapping[str, str]) -> str:
     )
 
 
+def render(template: str, **values: Any) -> str:
+    """Return a page: every text escaped, None and what is missing shown as a dash.
+
+    Args:
+        template: Of this package.
+        **values: What it shows.
+    """
+    environment = Environment(
+        loader=PackageLoader("ntk", "."),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        finalize=lambda value: DASH if value is None else value,
+    )
+    environment.filters["number"] = _number
+    return environment.get_template(template).render(values)
+
+
 def to_json(record: Record) -> str:
     """Return a record as JSON, indented, each list of numbers on one line.
 
     Args:
         record: Of one evaluation. What has no value becomes null: JSON has no NaN.
     """
-    text = json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(record), indent=2, ensure_ascii=False, allow_nan=False)
     # No text within JSON holds a line break, so these are lists.
     numbers = r"\[\n[-+.,\s\deENaInfity]*\]"
     joined = re.sub(numbers, lambda m: f"[{' '.join(m[0][1:-1].split())}]", text)
     return f"{joined}\n"
-
-
-def _finite(value: Any) -> Any:
-    """Return a JSON value with None for numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def write_report(record: Record, folder: Path) -> dict[str, Path]:
@@ -221,6 +222,33 @@ def write_report(record: Record, folder: Path) -> dict[str, Path]:
     Args:
         record: Of one evaluation.
         folder: Where, made if it does not exist.
+
+    Returns:
+        The files: ``json``, ``markdown``, ``html``, and figures as ``spectra.svg``.
+
+    Raises:
+        StorageError: If the folder cannot be written to.
+    """
+    figures = draw_figures(record)
+    page = lambda texts: html(record, texts)
+    return write_files(folder, record, markdown(record), figures, page)
+
+
+def write_files(
+    folder: Path,
+    record: Record,
+    text: str,
+    figures: Mapping[str, Figure],
+    page: Callable[[Mapping[str, str]], str],
+) -> dict[str, Path]:
+    """Write report.json, report.md, report.html and the figures, each whole or not.
+
+    Args:
+        folder: Where, made if it does not exist.
+        record: For report.json.
+        text: For report.md.
+        figures: By name.
+        page: From the figures as SVG to report.html.
 
     Returns:
         The files: ``json``, ``markdown``, ``html``, and figures as ``spectra.svg``.
@@ -238,16 +266,40 @@ def write_report(record: Record, folder: Path) -> dict[str, Path]:
             "with --output."
         ) from error
     write_text(files["json"], to_json(record))
-    write_text(files["markdown"], markdown(record))
+    write_text(files["markdown"], text)
     texts = {}
-    for name, figure in draw_figures(record).items():
+    for name, figure in figures.items():
         texts[name] = to_svg(figure)
         for kind in ("svg", "png"):
             files[f"{name}.{kind}"] = folder / "figures" / f"{name}.{kind}"
         write_text(files[f"{name}.svg"], texts[name])
         _write_bytes(files[f"{name}.png"], to_png(figure))
-    write_text(files["html"], html(record, texts))
+    write_text(files["html"], page(texts))
     return files
+
+
+def escape(text: str) -> str:
+    """Return text that Markdown shows as it is, also within a table.
+
+    Args:
+        text: Any.
+    """
+    text = re.sub(r"([\\|*_`\[\]#])", r"\\\1", " ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def flat(value: object) -> str:
+    """Return what is within dictionaries and lists, on one line.
+
+    Args:
+        value: As JSON knows it.
+    """
+    if isinstance(value, Mapping):
+        parts = ((k, flat(v)) for k, v in value.items() if v not in (None, "", []))
+        return ", ".join(f"{k} {text}" for k, text in parts)
+    if isinstance(value, list):
+        return f"({', '.join(map(flat, value))})"
+    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _comparison(space: Record, reference: Record | None, examples: float) -> str:
@@ -443,19 +495,3 @@ def _short(value: float) -> str:
 def _title(record: Record) -> str:
     names = [(record.get(key) or {}).get("name") for key in ("model", "task")]
     return f"Tangent kernels of {names[0] or 'a model'} on {names[1] or 'a task'}"
-
-
-def _escape(text: str) -> str:
-    """Return text that Markdown shows as it is, also within a table."""
-    text = re.sub(r"([\\|*_`\[\]#])", r"\\\1", " ".join(text.split()))
-    return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _flat(value: object) -> str:
-    """Return what is within dictionaries and lists, on one line."""
-    if isinstance(value, Mapping):
-        parts = ((k, _flat(v)) for k, v in value.items() if v not in (None, "", []))
-        return ", ".join(f"{k} {text}" for k, text in parts)
-    if isinstance(value, list):
-        return f"({', '.join(map(_flat, value))})"
-    return _number(value) if isinstance(value, float) else str(value)

@@ -1,6 +1,7 @@
 """Kernels on disk: safetensors with a JSON header, written whole or not at all."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -89,3 +90,18 @@ def _replace(path: Path, write: Any) -> None:
         raise StorageError(f"{str(path)!r} could not be written: {reason}.") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Return a value that JSON knows, with None for numbers that are not finite.
+
+    Args:
+        value: Mappings, lists, texts and numbers.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from huggingface_hub import constants
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -457,7 +457,17 @@ def _word_tokens(
 
 
 def fit_probe(backbone: Backbone, split: Split) -> None:
-    """Fit the head's last layer to the training examples by logistic regression."""
+    """Fit the head's last layer to the training examples by logistic regression.
+
+    Of a regression, by ridge regression on the scores.
+
+    Args:
+        backbone: Its module is changed.
+        split: The training examples are used.
+
+    Raises:
+        BackboneError: If the head has no linear layer to fit.
+    """
     module = backbone.module
     head = Architecture(module).head
     last = [
@@ -487,10 +497,13 @@ def fit_probe(backbone: Backbone, split: Split) -> None:
         module.set_submodule(path, layer)
     features = torch.cat(inputs).double().cpu().numpy()
     labels = np.array([split.train[i].label for i in order])
-    probe = LogisticRegression(max_iter=5000, fit_intercept=layer.bias is not None)
+    biased, regression = layer.bias is not None, split.task.regression
+    probe = Ridge(fit_intercept=biased)
+    if not regression:
+        probe = LogisticRegression(max_iter=5000, fit_intercept=biased)
     probe.fit(features, labels)
-    weight, bias = probe.coef_, probe.intercept_
-    if len(weight) == 1:
+    weight, bias = np.atleast_2d(probe.coef_), np.atleast_1d(probe.intercept_)
+    if len(weight) == 1 and not regression:
         # Two classes have one boundary; its halves are the two logits.
         weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
     with torch.no_grad():

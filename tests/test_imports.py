@@ -9,15 +9,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROCOFT = """
-architecture selection tasks readouts backbone config functional slices layer model
-export metrics console files meter methods checkpoints search trainer language sft
-options results train
+architecture selection tasks splits readouts backbone config functional slices layer
+model export metrics console files meter methods anchor checkpoints search trainer
+language sft options results train
 """
 NTK = """
 function maps spaces resolution notation factors positions contraction rules capture
 coverage passes jacobian features jobs accumulator engine kernel calibration
-certificate storage spectrum distance classifiers linearize evaluation plots report
-options compare
+certificate storage spectrum distance risk bounds agreement sampling evolution
+layerwise layer_selection classifiers
+asymmetric tuning linearize closed_form closeness closeness_bounds
+evaluation plots report options compare study fewshot study_options study_order
+study_scores study_comparison study_summary study_grids study_tables study_plots
+study_figures study_report evaluate
+chunks selection_variance ablation ablation_gains ablation_summary ablation_tables
+ablation_plots ablation_report ablation_options ablate
 """
 ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}
 FILES = [
