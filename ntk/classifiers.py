@@ -41,6 +41,7 @@ from sklearn.utils import Tags, assert_all_finite, check_array, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
+from ntk.risk import left_out_residuals
 from ntk.spectrum import PSD_TOLERANCE, as_symmetric, eigensystem, numerical_rank
 
 __all__ = ["KernelLogisticRegression", "KernelRidgeClassifier", "KernelSVC"]
@@ -244,9 +245,9 @@ class KernelRidgeClassifier(_KernelClassifier):
         results = []
         for alpha in alphas:
             G_U = (U / (values + alpha * self.scale_)).reshape(n, b, -1)
-            G_r, G_1, G_ii = G_U @ U_r, G_U @ U_1, G_U @ U_i.transpose(0, 2, 1)
-            residual = np.linalg.solve(G_ii, G_r - G_1 @ mean_without).reshape(n, o)
-            results.append((residual, G_r - G_1 @ mean))
+            G_r, G_1 = G_U @ U_r, G_U @ U_1
+            residual = left_out_residuals(G_U, U_i, G_r - G_1 @ mean_without)
+            results.append((residual.reshape(n, o), G_r - G_1 @ mean))
         errors = np.array([(residual**2).mean() for residual, _ in results])
         best = int(np.argmax(errors <= errors.min() * TIE))
         residual, a = results[best]
