@@ -7,8 +7,8 @@ examples are looked at once.
 
 import copy
 import importlib.metadata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from rocoft.anchor import Anchor, anchored
 from rocoft.architecture import Architecture
 from rocoft.backbone import Backbone, fit_probe
 from rocoft.console import Progress
@@ -44,7 +45,8 @@ from rocoft.search import (
     search_folder,
 )
 from rocoft.selection import DATA_STRATEGIES
-from rocoft.tasks import Example, Split
+from rocoft.splits import Split
+from rocoft.tasks import Example
 
 T = TypeVar("T")
 
@@ -82,6 +84,8 @@ def fine_tune(
     patience: int | None = None,
     seed: int = 0,
     metrics: Sequence[str] | None = None,
+    anchor: Anchor | None = None,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
     folder: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -105,6 +109,9 @@ def fine_tune(
             generators are left as they were.
         metrics: Names of `rocoft.metrics`, the first to choose by; None means the
             task's.
+        anchor: Holds what is trained at its start; None means free training.
+        wrap: From the model, ready to train by the method, to what is trained in its
+            place, such as its linearisation. A record knows it by its ``__name__``.
         folder: For checkpoints, empty or of an earlier search; None means a temporary
             one.
         resume: Continue in ``folder``, with weights equal bit for bit to those of a
@@ -142,26 +149,43 @@ def fine_tune(
             "test": len(split.test),
         },
         "metric": names[0],
+        "anchor": anchor and asdict(anchor),
+        "wrapped": wrap and wrap.__name__,
     }
     if method.kind == "probe":
+        if anchor or wrap:
+            raise TrainingError(
+                "method 'probe' takes no steps, so nothing can be anchored or wrapped. "
+                "Use 'head', or leave anchor= and wrap= out."
+            )
         return _probe(backbone, split, method, names, start)
     given = dict(arguments or {})
     check_weight_decay(method, given)
     # The Trainer switches it on for the library's own models alone.
     checkpointing = bool(given.pop("gradient_checkpointing", False))
+    counts: dict[str, int] = {}
+
+    def build() -> nn.Module:
+        model = _prepared(backbone, split, method, checkpointing)
+        counts.update(count_parameters(model, backbone.module))
+        return model if wrap is None else wrap(model)
+
+    trainer = ReadoutTrainer if anchor is None else anchored(ReadoutTrainer, anchor)
     with own_random_numbers(seed), search_folder(folder) as place:
         found = search(
             Job(
                 name=f"{method!s}, {split.task.name}, {backbone.name}",
-                build=lambda: _prepared(backbone, split, method, checkpointing),
+                build=build,
                 train=_encoded(backbone, split.train),
                 dev=_encoded(backbone, split.dev),
                 collate=DataCollatorWithPadding(backbone.tokenizer),
                 judge=lambda p: scores(p.predictions, p.label_ids, names),
                 chief=names[0],
                 device=_device(backbone.module),
-                trainer=(ReadoutTrainer, TrainingArguments),
+                trainer=(trainer, TrainingArguments),
                 details={
+                    "anchor": start["anchor"],
+                    "wrapped": start["wrapped"],
                     "split_seed": split.seed,
                     "readout": backbone.readout,
                     "label_words": backbone.prompt and list(backbone.prompt.words),
@@ -180,7 +204,7 @@ def fine_tune(
     record = {
         **start,
         "test": scores(outputs, labels, names),
-        "parameters": count_parameters(found.model, backbone.module),
+        "parameters": counts,
         **searched(found),
     }
     record["arguments"]["gradient_checkpointing"] = checkpointing

@@ -20,15 +20,8 @@ from rocoft.config import RoCoFTConfig
 from rocoft.methods import apply_method, parse_method, trained_parameters
 from rocoft.metrics import scores
 from rocoft.search import TrainingError
-from rocoft.tasks import (
-    Example,
-    Split,
-    Task,
-    TaskError,
-    few_shot,
-    full_split,
-    load_file,
-)
+from rocoft.splits import Split, few_shot, full_split
+from rocoft.tasks import Example, Task, TaskError, load_file
 from rocoft.trainer import count_parameters, fine_tune
 
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is absent")

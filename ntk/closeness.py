@@ -1,0 +1,317 @@
+"""How close a fine-tuned model is to its linearisation, in numbers.
+
+Fine-tuning and linearised training of the same parameters are compared with the same
+lambda, each with its own penalty (lambda / 2) ||theta - theta0||^2: then they approach
+each other as lambda grows, their outputs as lambda^-2 and relative to their movement as
+lambda^-1. Against the linearised model without a penalty they do not approach (see
+`ntk.closeness_bounds`).
+
+Points are coordinates ``(p,)`` of the linearised model, theta = theta0 + S delta. The
+Jacobian ``(n c, p)`` at delta is J_delta, that at theta0 J_0. Their norms are spectral,
+by power iteration on J J' with jvp and vjp: no Jacobian is formed, and an iteration
+takes one pass of each over the examples.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from ntk import agreement
+from ntk.function import Batch, Inputs, to_batches
+from ntk.linearize import LinearizedModel, evaluated
+
+__all__ = [
+    "Closeness",
+    "Lipschitz",
+    "TaylorRemainder",
+    "closeness",
+    "lipschitz",
+    "taylor_remainder",
+]
+
+FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
+"""Of the way to the fine-tuned model, where the remainder is looked at."""
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """A fine-tuned model f and its linearised twin g, both begun at theta0, in numbers.
+
+    F, G and F0 are outputs ``(n, c)``; norms of them are Frobenius. What has no value
+    is None: a ratio to no movement, what takes two outputs or more, and what takes
+    labels where none were given.
+
+    Attributes:
+        examples: n.
+        movement: ||theta_f - theta0||.
+        linear_movement: ||theta_g - theta0||.
+        parameter_distance: ||theta_f - theta_g||.
+        relative_parameter_distance: That in units of `movement`.
+        change: ||F - F0||.
+        output_distance: ||F - G||.
+        relative_output_distance: That in units of `change`.
+        mean_logit_distance: Mean over the examples of ||f(x) - g(x)||, that of Rahimi
+            Afzal et al. (2025), table 1.
+        kl_divergence: Mean over the examples of KL(softmax f || softmax g) (nat).
+        agreement: Share of examples with the same largest output.
+        start_accuracy: Of the model at theta0.
+        accuracy: Of f.
+        linear_accuracy: Of g.
+        recovery: (linear_accuracy - start_accuracy) / (accuracy - start_accuracy);
+            Malladi et al. (2023) call fine-tuning a kernel's where it is above 1/2.
+    """
+
+    examples: int
+    movement: float
+    linear_movement: float
+    parameter_distance: float
+    relative_parameter_distance: float | None
+    change: float
+    output_distance: float
+    relative_output_distance: float | None
+    mean_logit_distance: float
+    kl_divergence: float | None
+    agreement: float | None
+    start_accuracy: float | None
+    accuracy: float | None
+    linear_accuracy: float | None
+    recovery: float | None
+
+
+@dataclass(frozen=True)
+class TaylorRemainder:
+    """What the first-order expansion leaves along a way d from theta0.
+
+    Attributes:
+        fractions: s.
+        changes: ||f(theta0 + s d) - f0|| over all examples and outputs.
+        remainders: ||f(theta0 + s d) - f0 - s J d||; proportional to s^2 for small s.
+        ratios: Remainder over change; None where the outputs did not change.
+    """
+
+    fractions: tuple[float, ...]
+    changes: tuple[float, ...]
+    remainders: tuple[float, ...]
+    ratios: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Lipschitz:
+    """Lipschitz constants in theta that were measured at some points.
+
+    They are the largest values at these points, so at most those of any ball that holds
+    the points. (The Lipschitz constant in the input says nothing of theta.)
+
+    Attributes:
+        start: ||J_0||.
+        outputs: L, the largest ||J||, that at theta0 included.
+        jacobian: B, the largest ||J_delta - J_0|| / ||delta||.
+        radius: The largest ||delta||.
+    """
+
+    start: float
+    outputs: float
+    jacobian: float
+    radius: float
+
+
+def closeness(
+    linear: LinearizedModel,
+    tuned: nn.Module,
+    inputs: Inputs,
+    *,
+    delta: Tensor | None = None,
+    labels: ArrayLike | Tensor | None = None,
+    batch_size: int | None = None,
+) -> Closeness:
+    """Compare a fine-tuned model with its linearised twin.
+
+    Args:
+        linear: The linearisation of the model that fine-tuning began with, in a space
+            of all that was trained.
+        tuned: The fine-tuned model.
+        inputs: n examples.
+        delta: ``(p,)``, where the linearised training ended, such as
+            `ntk.closed_form.Solution.delta`; None means the ``delta`` of ``linear``.
+        labels: ``(n,)`` numbers of the right outputs, for accuracies.
+        batch_size: Most examples in one pass.
+
+    Returns:
+        The comparison; `asdict` makes it JSON.
+
+    Raises:
+        SelectionError: If the fine-tuned model is not in the space.
+        ValueError: If a shape does not fit.
+    """
+    batches = to_batches(inputs, linear.delta.device, batch_size)
+    reached = linear.coordinates(tuned).double()
+    end = linear.delta.detach() if delta is None else delta
+    start = linear.start(batches).double()
+    ours = evaluated(tuned, batches, linear.readout).double()
+    theirs = linear.predict(batches, end).double()
+    movement, change = float(reached.norm()), float((ours - start).norm())
+    distance = float((reached - end.to(reached)).norm())
+    gap = float((ours - theirs).norm())
+    several = ours.shape[1] > 1
+    accuracies = [_accuracy(f, labels) for f in (start, ours, theirs)]
+    return Closeness(
+        examples=len(ours),
+        movement=movement,
+        linear_movement=float(end.double().norm()),
+        parameter_distance=distance,
+        relative_parameter_distance=_ratio(distance, movement),
+        change=change,
+        output_distance=gap,
+        relative_output_distance=_ratio(gap, change),
+        mean_logit_distance=float((ours - theirs).norm(dim=1).mean()),
+        kl_divergence=_kl_divergence(ours, theirs) if several else None,
+        agreement=agreement.agreement(ours.cpu(), theirs.cpu()) if several else None,
+        start_accuracy=accuracies[0],
+        accuracy=accuracies[1],
+        linear_accuracy=accuracies[2],
+        recovery=_recovery(*accuracies),
+    )
+
+
+def taylor_remainder(
+    linear: LinearizedModel,
+    delta: Tensor,
+    inputs: Inputs,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    batch_size: int | None = None,
+) -> TaylorRemainder:
+    """Measure the remainder of the first-order expansion along a way from theta0.
+
+    Args:
+        linear: The linearised model.
+        delta: d ``(p,)``, such as the `LinearizedModel.coordinates` of a fine-tuned
+            model.
+        inputs: n examples.
+        fractions: s, of the way.
+        batch_size: Most examples in one pass.
+
+    Returns:
+        The remainder at each fraction.
+    """
+    batches = to_batches(inputs, linear.delta.device, batch_size)
+    start, slope = linear.start(batches).double(), linear.jvp(batches, delta).double()
+    changes, remainders = [], []
+    for s in fractions:
+        model = linear.model_at(s * delta)
+        change = evaluated(model, batches, linear.readout).double() - start
+        changes.append(float(change.norm()))
+        remainders.append(float((change - s * slope).norm()))
+    ratios = map(_ratio, remainders, changes)
+    return TaylorRemainder(
+        tuple(fractions), tuple(changes), tuple(remainders), tuple(ratios)
+    )
+
+
+def lipschitz(
+    linear: LinearizedModel,
+    inputs: Inputs,
+    points: Sequence[Tensor],
+    *,
+    tolerance: float = 1e-4,
+    iterations: int = 100,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Lipschitz:
+    """Measure Lipschitz constants of the outputs and of the Jacobian in theta.
+
+    Args:
+        linear: The linearised model.
+        inputs: n examples.
+        points: Coordinates ``(p,)`` other than zero, such as those of the checkpoints
+            of a training, or fractions of the way to its end.
+        tolerance: Power iteration ends where an iteration raises the norm by less than
+            this, relatively; the norm is then still a little too small.
+        iterations: Most iterations for a norm.
+        seed: Of the vectors it starts from.
+        batch_size: Most examples in one pass.
+
+    Returns:
+        The constants.
+
+    Raises:
+        ValueError: If there is no point, or one is zero.
+    """
+    distances = [float(point.double().norm()) for point in points]
+    if not distances or min(distances) == 0:
+        raise ValueError(
+            f"points are {len(distances)} at distances {distances} from the start; "
+            "expected at least one, none of them zero."
+        )
+    batches = to_batches(inputs, linear.delta.device, batch_size)
+    vector = torch.randn(
+        linear.start(batches).shape,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+    ).to(linear.delta.device)
+    power = _PowerIteration(batches, vector, tolerance, iterations)
+    values, slopes = [power.norm(linear)], []
+    for point, distance in zip(points, distances, strict=True):
+        there = linear.at(point)
+        values.append(power.norm(there))
+        slopes.append(power.norm(there, linear) / distance)
+    return Lipschitz(values[0], max(values), max(slopes), max(distances))
+
+
+@dataclass(frozen=True)
+class _PowerIteration:
+    """Spectral norms of Jacobians, from a vector ``(n, c)``."""
+
+    batches: list[Batch]
+    vector: Tensor
+    tolerance: float
+    iterations: int
+
+    def norm(self, of: LinearizedModel, less: LinearizedModel | None = None) -> float:
+        """Return the norm of a Jacobian, or of the difference of two."""
+        vector, found = self.vector, 0.0
+        for _ in range(self.iterations):
+            vector = vector / vector.norm()
+            pulled = of.vjp(self.batches, vector).double()
+            if less is not None:
+                pulled -= less.vjp(self.batches, vector)
+            last, found = found, float(pulled.norm())
+            if found <= last * (1 + self.tolerance):
+                break
+            vector = of.jvp(self.batches, pulled / found).double()
+            if less is not None:
+                vector -= less.jvp(self.batches, pulled / found)
+        return found
+
+
+def _ratio(value: float, scale: float) -> float | None:
+    return value / scale if scale else None
+
+
+def _kl_divergence(ours: Tensor, theirs: Tensor) -> float:
+    log_p, log_q = ours.log_softmax(dim=1), theirs.log_softmax(dim=1)
+    return float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean())
+
+
+def _accuracy(outputs: Tensor, labels: ArrayLike | Tensor | None) -> float | None:
+    if labels is None:
+        return None
+    y = torch.as_tensor(labels, device=outputs.device)
+    if y.shape != outputs.shape[:1] or outputs.shape[1] < 2:
+        raise ValueError(
+            f"labels has shape {tuple(y.shape)}, the outputs {tuple(outputs.shape)}; "
+            "expected a label for each example and two outputs or more."
+        )
+    return float((outputs.argmax(dim=1) == y).double().mean())
+
+
+def _recovery(
+    start: float | None, tuned: float | None, linear: float | None
+) -> float | None:
+    if start is None or tuned is None or linear is None or math.isclose(tuned, start):
+        return None
+    return (linear - start) / (tuned - start)
