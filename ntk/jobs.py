@@ -70,7 +70,8 @@ class Job:
         else:
             width, selected = self.stored.of.outputs, _inputs_of(self.stored, members)
         a, b = (f.unflatten(2, (-1, width)) for f in (left, right))
-        grams = _slice_grams(torch.tensor(selected).to(left), a, b, how)
+        weights = torch.tensor(selected, dtype=left.dtype, device=left.device)
+        grams = _slice_grams(weights, a, b, how)
         if isinstance(self.stored, InputSide):
             for each, block in zip(members, grams, strict=True):
                 if isinstance(each, Slices) and each.rows:

@@ -95,3 +95,18 @@ def test_features_of_the_input_side_are_those_of_its_parts():
     assert_close(out, torch.cat(parts, dim=1))
     stored.add(g, stored.prepare(x), out, first=False)
     assert_close(out, 2 * torch.cat(parts, dim=1))
+
+
+def test_rescaled_spaces_together_are_exact_in_float64():
+    # The weights d / r of rows and columns are no numbers of float32.
+    model, inputs = BY_NAME["bert"].build(), BY_NAME["bert"].inputs()
+    spaces = {
+        f"{family.__name__} {count}": family(count, rescale=True)
+        for family in (Rows, Columns, LoRA)
+        for count in (1, 3)
+    }
+    together = compute(model, inputs, spaces=spaces).kernels
+    for name, space in spaces.items():
+        alone = compute(model, inputs, spaces={name: space}).kernels[name]
+        error = (together[name] - alone).norm() / alone.norm()
+        assert error < 1e-13
