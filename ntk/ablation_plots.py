@@ -1,0 +1,344 @@
+"""An ablation's summary -> its figures.
+
+As in `ntk.plots` nothing global is touched. A strategy looks the same in all figures;
+random selection is black, and grey is its spread.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from ntk.ablation import ALL, AXES, FULL, HEAD
+from ntk.ablation_gains import RANDOM
+from ntk.ablation_tables import TITLES, Part, parts, total
+from ntk.plots import COLOURS, DASHES, MARKERS, _figure, _floats, _name_rows, _plain
+from ntk.study_plots import LINE, _grid, legend_below
+from ntk.study_scores import Row
+from ntk.study_summary import select
+
+BLACK, BLUE, RED, GREEN, PINK, SKY, ORANGE, GREY = COLOURS
+LOOKS: dict[str, tuple[str, str, Any]] = {
+    RANDOM: (BLACK, "o", "-"),
+    "gradient": (GREEN, "D", "-"),
+    "activation": (BLUE, "s", "-"),
+    "max": (RED, "^", "-"),
+    "mixed": (PINK, "P", DASHES[1]),
+    "min": (ORANGE, "v", DASHES[1]),
+    "first": (SKY, "<", DASHES[2]),
+    "last": (GREY, ">", DASHES[2]),
+}
+"""Colour, marker and dashes of a strategy."""
+BAND = "#d9d9d9"
+STAR: dict[str, Any] = {"color": BLACK, "marker": "*", "markersize": 9}
+TASKS = 4
+"""Most tasks that have panels of their own; of more the mean is drawn."""
+GAINS = ("rescaled", "score_of_body", "score")
+
+
+def draw_figures(summary: Mapping[str, Any]) -> dict[str, Figure]:
+    """Draw what an ablation's summary has the numbers for.
+
+    Args:
+        summary: As `ablation_summary.collect` returns it.
+
+    Returns:
+        Some of ``gain``, ``distance``, ``score``, ``alone``, ``variance`` and
+        ``origin`` for each number of shots, by names such as ``gain-16``.
+    """
+    figures: dict[str, Figure] = {}
+    for part in parts(summary):
+        if part.rows("gains"):
+            figures[f"gain-{part.name}"] = _draw_gains(part)
+        if part.rows("curves"):
+            figures[f"distance-{part.name}"] = _draw_curves(part, "rescaled")
+            figures[f"score-{part.name}"] = _draw_curves(part, "score")
+            figures[f"alone-{part.name}"] = _draw_curves(part, "score_of_body")
+        if part.rows("variance"):
+            figures[f"variance-{part.name}"] = _draw_variance(part)
+        if part.rows("origins"):
+            figures[f"origin-{part.name}"] = _draw_origins(part)
+    return figures
+
+
+def plot_curves(
+    curves: Sequence[Row],
+    measure: str,
+    counts: Sequence[int],
+    levels: Mapping[str, float | None],
+    whole: float | None,
+    ax: Axes,
+) -> Axes:
+    """Draw a measure of each strategy against the size of the selection.
+
+    Args:
+        curves: Of one axis, see `ablation_summary.collect`.
+        measure: Which.
+        counts: Sizes on the axis, evenly spaced.
+        levels: Horizontal lines, by name, in percent.
+        whole: What all linear weights have, drawn beyond the last size; in percent.
+        ax: Where.
+
+    Returns:
+        The same axes, a line for each strategy.
+    """
+    place = {count: i for i, count in enumerate(counts)}
+    for name, level in levels.items():
+        if level is not None:
+            style = DASHES[1] if name == HEAD else "-"
+            ax.axhline(level, color=LINE, linewidth=1.0, linestyle=style, zorder=1)
+    for row in sorted(curves, key=lambda row: row["strategy"] == RANDOM):
+        strategy = row["strategy"]
+        colour, marker, dashes = LOOKS[strategy]
+        x = np.array([place[count] for count in row["counts"]])
+        y = 100 * _floats(row[measure]["mean"])
+        ax.plot(
+            x,
+            y,
+            color=colour,
+            marker=marker,
+            linestyle=dashes,
+            linewidth=1.9 if strategy == RANDOM else 1.3 if dashes == "-" else 0.9,
+            markersize=4.5 if dashes == "-" else 3.5,
+            label=strategy,
+            zorder=4 if strategy == RANDOM else 3,
+        )
+        if strategy == RANDOM:
+            spread = 100 * _floats(row[measure]["deviation"])
+            ax.fill_between(
+                x, y - spread, y + spread, color=BAND, linewidth=0, zorder=0
+            )
+    if whole is not None:
+        ax.plot(len(counts), whole, **STAR, zorder=4)
+    ends = [*map(str, counts), *([ALL] if whole is not None else [])]
+    ax.set_xticks(range(len(ends)), ends)
+    ax.set_xlim(-0.4, len(ends) - 0.6)
+    _grid(ax)
+    return ax
+
+
+def plot_gains(rows: Sequence[Row], ax: Axes) -> Axes:
+    """Draw what strategies gain over random selection, and the spread of the latter.
+
+    Args:
+        rows: Of one measure and all tasks, by axis and strategy.
+        ax: Where.
+
+    Returns:
+        The same axes, a row for each strategy from the top down.
+    """
+    strategies = [name for name in LOOKS if any(r["strategy"] == name for r in rows)]
+    axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
+    ax.axvspan(-1, 1, color=BAND, linewidth=0, zorder=0)
+    ax.axvline(0, color=LINE, linewidth=0.8, zorder=1)
+    for i, axis in enumerate(axes):
+        own = {row["strategy"]: row["over_counts"] for row in select(rows, axis=axis)}
+        known = [
+            s for s in strategies if own.get(s, {"gain": None})["gain"] is not None
+        ]
+        ax.errorbar(
+            [own[strategy]["gain"] for strategy in known],
+            [
+                strategies.index(strategy) + 0.22 * (i - (len(axes) - 1) / 2)
+                for strategy in known
+            ],
+            xerr=[2 * own[strategy]["error"] for strategy in known],
+            fmt=MARKERS[i],
+            color=(BLUE, RED, GREEN)[AXES.index(axis)],
+            markersize=5,
+            elinewidth=1.0,
+            label=axis,
+            zorder=3,
+        )
+    _name_rows(ax, strategies)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return ax
+
+
+def _draw_gains(part: Part) -> Figure:
+    rows = part.rows("gains", task=None)
+    strategies = {row["strategy"] for row in rows}
+    figure = _figure(9.6, 1.5 + 0.42 * len(strategies))
+    panels = figure.subplots(1, len(GAINS), sharey=True)
+    for ax, measure in zip(panels, GAINS, strict=True):
+        plot_gains([r for r in select(rows, measure=measure) if r["axis"]], ax)
+        ax.set_title(TITLES[measure], fontsize=10)
+    # A label of the figure would lie within the legend.
+    text = "gain over random selection, in spreads; bars: two standard errors"
+    panels[len(GAINS) // 2].set_xlabel(text)
+    shown: list[Any] = [*panels[0].get_legend_handles_labels()[0]]
+    shown.append(Patch(color=BAND, label="one spread"))
+    legend_below(figure, {}, *shown)
+    return figure
+
+
+def _draw_curves(part: Part, measure: str) -> Figure:
+    """Return panels by axis and task, or of the mean over tasks."""
+    curves = part.rows("curves")
+    axes = [axis for axis in AXES if select(curves, axis=axis)]
+    counts = sorted({count for row in curves for count in row["counts"]})
+    columns = [[task] for task in part.tasks if select(curves, task=task)]
+    if len(columns) > TASKS:
+        columns = [part.tasks]
+    # Narrower than this the legend is cut.
+    figure = _figure(max(7.0, 1.6 + 2.9 * len(columns)), 0.9 + 2.2 * len(axes))
+    panels = figure.subplots(
+        len(axes), len(columns), squeeze=False, sharex=True, sharey="col"
+    )
+    for j, tasks in enumerate(columns):
+        references = [r for r in part.rows("references") if r["task"] in tasks]
+        levels = {
+            name: _level(references, name, measure)
+            for name in ((FULL, HEAD) if measure == "score" else (FULL,))
+            if measure != "rescaled"
+        }
+        whole = _level(references, ALL, measure)
+        for i, axis in enumerate(axes):
+            ax = panels[i, j]
+            own = [r for r in select(curves, axis=axis) if r["task"] in tasks]
+            plot_curves(_averaged(own, measure), measure, counts, levels, whole, ax)
+            if i == 0:
+                several = f"mean of {len(tasks)} tasks"
+                ax.set_title(
+                    _plain(tasks[0]) if len(tasks) == 1 else several, fontsize=10
+                )
+            if j == 0:
+                what = "distance" if measure == "rescaled" else "test score"
+                ax.set_ylabel(f"{axis}\n{what} (%)")
+        if measure == "rescaled":
+            panels[0, j].set_ylim(bottom=0)
+        panels[-1, j].set_xlabel("r, of each weight")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    found = dict(zip(labels, handles, strict=True))
+    shown: list[Any] = [found[name] for name in LOOKS if name in found]
+    shown.append(Patch(color=BAND, label="random spread"))
+    if levels.get(FULL) is not None:
+        shown.append(Line2D([], [], color=LINE, label="full kernel"))
+    if levels.get(HEAD) is not None:
+        line = Line2D([], [], color=LINE, linestyle=DASHES[1], label="head alone")
+        shown.append(line)
+    if whole is not None:
+        star = Line2D([], [], linestyle="", label="all linear weights", **STAR)
+        shown.append(star)
+    legend_below(figure, {}, *shown)
+    return figure
+
+
+def _averaged(rows: Sequence[Row], measure: str) -> list[Row]:
+    """Return one curve for each strategy, the mean over tasks that have all sizes."""
+    found = []
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
+        own = select(rows, strategy=strategy)
+        longest = max((row["counts"] for row in own), key=len)
+        own = [row for row in own if row["counts"] == longest]
+        mean, deviation = (
+            np.mean([_floats(row[measure][key]) for row in own], axis=0).tolist()
+            for key in ("mean", "deviation")
+        )
+        curve = {"mean": mean, "deviation": deviation}
+        found.append({"strategy": strategy, "counts": longest, measure: curve})
+    return found
+
+
+def _level(references: Iterable[Row], name: str, measure: str) -> float | None:
+    """Return the mean over tasks of a reference's measure, in percent."""
+    own = [row[measure]["mean"] for row in references if row["name"] == name]
+    return 100 * sum(own) / len(own) if own and None not in own else None
+
+
+def _draw_variance(part: Part) -> Figure:
+    """Return the error of random selections and its expectation, by axis."""
+    found = part.rows("variance")
+    axes = [axis for axis in AXES if select(found, axis=axis)]
+    figure = _figure(max(6.0, 1.4 + 3.7 * len(axes)), 3.7)
+    panels = figure.subplots(1, len(axes), squeeze=False)[0]
+    for ax, axis in zip(panels, axes, strict=True):
+        for i, task in enumerate(part.tasks):
+            rows = select(found, axis=axis, task=task)
+            colour, marker = COLOURS[1 + i % 7], MARKERS[i % len(MARKERS)]
+            counts = [row["count"] for row in rows]
+            expected = np.sqrt(_floats([row["expected"] for row in rows]))
+            ax.plot(counts, 100 * expected, color=colour, linewidth=1.4, zorder=2)
+            mean = _floats([row["measured"]["mean"] for row in rows])
+            error = _floats([row["measured"]["standard_error"] for row in rows])
+            low, high = (np.sqrt(np.clip(mean + e, 0, None)) for e in (-error, error))
+            middle = np.sqrt(mean)
+            ax.errorbar(
+                counts,
+                100 * middle,
+                yerr=100 * np.nan_to_num(np.array([middle - low, high - middle])),
+                fmt=marker,
+                color=colour,
+                markersize=5,
+                elinewidth=1.0,
+                label=_plain(task),
+                zorder=3,
+            )
+        ax.set(xscale="log", yscale="log", title=axis)
+        ax.set_xlabel(f"random {axis} of each weight, r")
+        ticks = sorted({row["count"] for row in select(found, axis=axis)})
+        ax.set_xticks(ticks, list(map(str, ticks)))
+        ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+        ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        _grid(ax)
+    panels[0].set_ylabel("root mean squared error (%)")
+    handles, _ = panels[0].get_legend_handles_labels()
+    line = Line2D([], [], color=LINE, linewidth=1.4, label="expected")
+    legend_below(figure, {}, *handles, line)
+    return figure
+
+
+def _draw_origins(part: Part) -> Figure:
+    """Return the share of the trace by kind of module and layer, mean over tasks."""
+    origins = part.rows("origins")
+    kinds = list(origins[0]["trace"])
+    layers = list(origins[0]["cosine"]["layer"])
+    shares = np.array(
+        [
+            [
+                np.mean([row["trace"][kind].get(layer, math.nan) for row in origins])
+                for layer in layers
+            ]
+            for kind in kinds
+        ]
+    )
+    figure = _figure(2.6 + 0.62 * len(layers) + 2.6, 1.6 + 0.36 * len(kinds))
+    grid = figure.add_gridspec(1, 2, width_ratios=[0.62 * len(layers), 2.6])
+    ax = figure.add_subplot(grid[0])
+    values = np.ma.masked_invalid(100 * shares)
+    ax.imshow(values, cmap="Blues", aspect="auto", vmin=0)
+    dark = 0.6 * float(values.max())
+    for (i, j), value in np.ndenumerate(100 * shares):
+        if np.isfinite(value):
+            text = "<0.1" if 0 < value < 0.05 else f"{value:.1f}"
+            colour = "white" if value > dark else BLACK
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+    short = [layer.removeprefix("layer ") for layer in layers]
+    ax.set_xticks(range(len(layers)), short, rotation=45, ha="right")
+    ax.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds])
+    ax.tick_params(length=0)
+    ax.set_title("share of the full kernel's trace (%) by layer", fontsize=10)
+    bars = figure.add_subplot(grid[1])
+    places = np.arange(len(kinds))
+    of_trace = [
+        100 * np.mean([total(row["trace"], "kind", k) for row in origins])
+        for k in kinds
+    ]
+    of_size = [100 * total(origins[0]["share"], "kind", kind) for kind in kinds]
+    bars.barh(places - 0.18, of_trace, height=0.34, color=BLUE, label="trace")
+    bars.barh(places + 0.18, of_size, height=0.34, color=ORANGE, label="parameters")
+    _name_rows(bars, kinds)
+    bars.set_yticklabels([])
+    bars.set_title("of all (%)", fontsize=10)
+    bars.spines[["top", "right"]].set_visible(False)
+    shown: list[Any] = [*bars.get_legend_handles_labels()[0]]
+    legend_below(figure, {}, *shown)
+    return figure

@@ -1,0 +1,312 @@
+"""Records of an ablation -> its summary.
+
+The summary is plain JSON. It depends neither on the order of the records nor on any
+time. What cannot be computed is None; nothing is filled in.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ntk.ablation import ALL, AXES, FULL, HEAD, OTHER_KINDS
+from ntk.ablation_gains import (
+    MEASURES,
+    Group,
+    Point,
+    Split,
+    Values,
+    gains,
+    measured,
+    values_of,
+)
+from ntk.evaluation import _depth
+from ntk.storage import finite
+from ntk.study import Key, Record
+from ntk.study_order import order_of_subject, order_of_task
+from ntk.study_scores import Row, points, spread
+from ntk.study_summary import _missing, _notes, _rounded
+from rocoft.selection import STRATEGIES
+
+OWN_OUTPUTS = "own outputs"
+
+
+def collect(
+    records: Sequence[tuple[Key, Record | None]],
+    command: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the summary of an ablation.
+
+    Args:
+        records: In any order; None stands for one that is missing.
+        command: That makes the ablation.
+        settings: Of the study, as JSON knows them.
+
+    Returns:
+        Rows by task and shots: ``references``; ``curves``, by axis and strategy the
+        measures at each count, with the deviation over random selections or else over
+        splits; ``variance``, ``origins`` and ``tuned``. ``gains``, by task and over all
+        of them (None), by axis and over all of them, at each count and over all
+        counts; ``variance_ratios`` over tasks and counts.
+    """
+    there = [(key, record) for key, record in records if record is not None]
+    there.sort(key=lambda pair: _order(pair[0]))
+    by_kind: dict[str, list[tuple[Key, Record]]] = defaultdict(list)
+    for key, record in there:
+        by_kind[key.kind].append((key, record))
+    groups = {
+        kind: _by_split(by_kind[kind])
+        for kind in ("selection", "variance", "origin", "finetune")
+    }
+    missing, asked = _missing([key for key, _ in records], {key for key, _ in there})
+    shots = sorted({key.cell.shots for key, _ in there})
+    summary = {
+        "command": command,
+        "settings": dict(settings),
+        "models": sorted({record["model"] for _, record in there}),
+        "tasks": list(dict.fromkeys(key.cell.task for key, _ in there)),
+        "metrics": {key.cell.task: record["metric"] for key, record in there},
+        "shots": shots,
+        "seeds": sorted({key.cell.seed for key, _ in there}),
+        "records": {"asked": asked, "there": len(there)},
+        "missing": missing,
+        "notes": _notes(there),
+        "references": _references(groups["selection"]),
+        "curves": _curves(groups["selection"]),
+        "gains": [row for some in shots for row in gains(groups["selection"], some)],
+        "variance": _variance(groups["variance"]),
+        "variance_ratios": _variance_ratios(groups["variance"]),
+        "origins": _origins(groups["origin"]),
+        "tuned": _tuned(groups["finetune"], groups["selection"]),
+    }
+    return _rounded(finite(summary))
+
+
+def _by_split(records: Iterable[tuple[Key, Record]]) -> Group:
+    found: Group = defaultdict(list)
+    for key, record in records:
+        found[key.cell.task, key.cell.shots].append((key, record))
+    return dict(found)
+
+
+def _order(key: Key) -> tuple[Any, ...]:
+    cell = key.cell
+    subject = order_of_subject(key.subject)
+    return order_of_task(cell.task), cell.shots, key.kind, subject, cell.seed
+
+
+def _references(groups: Group) -> list[Row]:
+    """Return what the full kernel, the whole weights, the head and f0 reach."""
+    rows = []
+    for (task, shots), records in groups.items():
+        where = {"task": task, "shots": shots}
+        for name in (FULL, ALL):
+            own = [record for key, record in records if key.subject == name]
+            if own:
+                rows.append(
+                    {
+                        **where,
+                        "name": name,
+                        "parameters": own[-1]["parameters"],
+                        "share": own[-1]["share"],
+                        **{m: spread(measured(r, m) for r in own) for m in MEASURES},
+                    }
+                )
+        full = [record for key, record in records if key.subject == FULL]
+        for name, field in ((HEAD, "head"), (OWN_OUTPUTS, "own_outputs")):
+            own = [record for record in full if record[field] is not None]
+            scores = [record[field]["test"][record["metric"]] for record in own]
+            if own:
+                rows.append({**where, "name": name, "score": spread(scores)})
+    return rows
+
+
+def _curves(groups: Group) -> list[Row]:
+    """Return the measures of selections against their size."""
+    rows = []
+    for (task, shots), records in groups.items():
+        found: dict[Point, list[Record]] = defaultdict(list)
+        for _, record in records:
+            if "axis" in record:
+                point = record["axis"], record["count"], record["strategy"]
+                found[point].append(record)
+        values = {m: values_of(records, m) for m in MEASURES}
+        for axis, strategy in _lines(found):
+            counts = sorted(c for a, c, s in found if (a, s) == (axis, strategy))
+            some = [found[axis, count, strategy][-1] for count in counts]
+            rows.append(
+                {
+                    "task": task,
+                    "shots": shots,
+                    "axis": axis,
+                    "strategy": strategy,
+                    "counts": counts,
+                    "parameters": [record["parameters"] for record in some],
+                    "share": [record["share"] for record in some],
+                    **{
+                        m: _curve([own.get((axis, c, strategy), {}) for c in counts])
+                        for m, own in values.items()
+                    },
+                }
+            )
+    return rows
+
+
+def _lines(points: Iterable[Point]) -> list[tuple[str, str]]:
+    """Return the axes and strategies of some points, in order."""
+    order = lambda line: (AXES.index(line[0]), STRATEGIES.index(line[1]))
+    return sorted({(axis, strategy) for axis, _, strategy in points}, key=order)
+
+
+def _curve(points: Sequence[Values]) -> Row:
+    """Return means and deviations, of each point."""
+    return {
+        "mean": [float(np.mean(list(p.values()))) if p else None for p in points],
+        "deviation": [_deviation(point) for point in points],
+    }
+
+
+def _deviation(values: Values) -> float | None:
+    """Return the deviation over selections, or over splits if there is but one."""
+    by_split: dict[Split, list[float]] = defaultdict(list)
+    for (_, split), value in values.items():
+        by_split[split].append(value)
+    if all(len(several) == 1 for several in by_split.values()):
+        return spread(values.values())["deviation"]
+    several = [np.var(v, ddof=1) for v in by_split.values() if len(v) > 1]
+    return float(np.sqrt(np.mean(several)))
+
+
+def _variance(groups: Group) -> list[Row]:
+    """Return the error of random selections beside its expectation."""
+    rows = []
+    for (task, shots), records in groups.items():
+        found: dict[tuple[str, int], list[tuple[Key, Record]]] = defaultdict(list)
+        for key, record in records:
+            found[record["axis"], record["count"]].append((key, record))
+        for axis, count in sorted(found, key=lambda at: (AXES.index(at[0]), at[1])):
+            own = found[axis, count]
+            rows.append(
+                {
+                    "task": task,
+                    "shots": shots,
+                    "axis": axis,
+                    "count": count,
+                    "expected": _mean(record["expected"] for _, record in own),
+                    "measured": _over_draws(own, lambda record: record["measured"]),
+                    "extreme": _mean(record["extreme"] for _, record in own),
+                }
+            )
+    return rows
+
+
+def _variance_ratios(groups: Group) -> list[Row]:
+    """Return measured over expected error, over tasks, splits and counts."""
+    found: dict[tuple[int, str], list[tuple[Key, Record]]] = defaultdict(list)
+    for (_, shots), records in groups.items():
+        for key, record in records:
+            if record["expected"]:
+                found[shots, record["axis"]].append((key, record))
+    return [
+        {
+            "shots": shots,
+            "axis": axis,
+            **_over_draws(own, lambda record: record["measured"] / record["expected"]),
+        }
+        for (shots, axis), own in sorted(found.items(), reverse=True)
+    ]
+
+
+def _over_draws(
+    records: Iterable[tuple[Key, Record]], value: Callable[[Record], float]
+) -> Row:
+    """Return a mean, and its standard error over random selections."""
+    by_draw: dict[int, list[float]] = defaultdict(list)
+    for _, record in records:
+        by_draw[record["seed"]].append(value(record))
+    means = [float(np.mean(several)) for several in by_draw.values()]
+    error = np.std(means, ddof=1) / math.sqrt(len(means)) if means[1:] else None
+    return {
+        "mean": float(np.mean(means)),
+        "standard_error": None if error is None else float(error),
+        "draws": len(means),
+    }
+
+
+def _origins(groups: Group) -> list[Row]:
+    """Return where full kernels come from, means over splits."""
+    rows = []
+    for (task, shots), records in groups.items():
+        own = [record for _, record in records]
+        totals = [sum(sum(by.values()) for by in r["trace"].values()) for r in own]
+        found = own[0]["parameters"]
+        kinds = [kind for kind in found if kind not in OTHER_KINDS]
+        kinds += [kind for kind in OTHER_KINDS if kind in found]
+        parameters = {kind: found[kind] for kind in kinds}
+        layers = sorted(own[0]["cosine"]["layer"], key=_depth)
+        size = sum(sum(by.values()) for by in parameters.values())
+        rows.append(
+            {
+                "task": task,
+                "shots": shots,
+                "trace": {
+                    kind: {
+                        layer: _mean(
+                            r["trace"][kind][layer] / total
+                            for r, total in zip(own, totals, strict=True)
+                        )
+                        for layer in by
+                    }
+                    for kind, by in parameters.items()
+                },
+                "share": {
+                    kind: {layer: count / size for layer, count in by.items()}
+                    for kind, by in parameters.items()
+                },
+                "cosine": {
+                    by: {
+                        group: _mean(record["cosine"][by][group] for record in own)
+                        for group in groups
+                    }
+                    for by, groups in (("kind", kinds), ("layer", layers))
+                },
+            }
+        )
+    return rows
+
+
+def _tuned(groups: Group, kernels: Group) -> list[Row]:
+    """Return what fine-tuning reaches, and the kernel over what it trains."""
+    rows = []
+    for (task, shots), records in groups.items():
+        own: dict[str, dict[int, float]] = defaultdict(dict)
+        for key, record in records:
+            own[key.subject][key.cell.seed] = record["test"][record["metric"]]
+        known = {
+            (key.subject, key.cell.seed): measured(record, "score")
+            for key, record in kernels.get((task, shots), [])
+        }
+        for method, by_seed in own.items():
+            paired = [
+                (score, kernel)
+                for seed, score in by_seed.items()
+                if (kernel := known.get((method, seed))) is not None
+            ]
+            rows.append(
+                {
+                    "task": task,
+                    "shots": shots,
+                    "method": method,
+                    "score": spread(by_seed.values()),
+                    "kernel": spread(kernel for _, kernel in paired),
+                    "points": spread(points(kernel, score) for score, kernel in paired),
+                }
+            )
+    return rows
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    return spread(values)["mean"]

@@ -1,0 +1,351 @@
+"""An ablation's summary -> its tables.
+
+Distances and scores are in percent; gains are in spreads over random selections, plus
+or minus their standard error.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ntk.ablation import ALL, AXES, FULL, HEAD
+from ntk.ablation_gains import MEASURES, RANDOM
+from ntk.ablation_summary import OWN_OUTPUTS
+from ntk.study_grids import POINTS, SCORE, Form, Grid, number, write
+from ntk.study_scores import Row
+from ntk.study_summary import select
+
+TITLES = {
+    "raw": "distance",
+    "rescaled": "distance, best scale",
+    "alignment": "alignment",
+    "score_of_body": "score alone",
+    "rescaled_with_head": "distance with head, best scale",
+    "score": "score",
+}
+"""Of `MEASURES`."""
+CURVES = ("rescaled", "raw", "score", "score_of_body")
+"""Measures that are shown at each count."""
+PERCENT = Form(".1f", 100)
+GAIN = Form("+.1f", 1, "error")
+
+
+class Part(NamedTuple):
+    """The rows of a summary of one number of shots.
+
+    Attributes:
+        title: Which.
+        name: For links.
+        tasks: In their order.
+        summary: With the rows of these shots alone.
+    """
+
+    title: str
+    name: str
+    tasks: list[str]
+    summary: dict[str, list[Row]]
+
+    def rows(self, field: str, **where: object) -> list[Row]:
+        """Return the rows that have some values.
+
+        Args:
+            field: Of the summary.
+            **where: Values by field.
+        """
+        return select(self.summary[field], **where)
+
+
+def parts(summary: Mapping[str, Any]) -> list[Part]:
+    """Return what is shown together.
+
+    Args:
+        summary: As `ablation_summary.collect` returns it.
+    """
+    fields = ("references", "curves", "gains", "variance", "variance_ratios")
+    return [
+        Part(
+            f"{shots} shots",
+            str(shots),
+            list(summary["tasks"]),
+            {
+                field: select(summary[field], shots=shots)
+                for field in (*fields, "origins", "tuned")
+            },
+        )
+        for shots in summary["shots"]
+    ]
+
+
+def grids(part: Part) -> list[Grid]:
+    """Return the tables of a part that have anything to show.
+
+    Args:
+        part: Of a summary.
+    """
+    found = [
+        gains_of_measures(part),
+        *(_gains_at_counts(part, measure) for measure in MEASURES),
+        *(_gains_on_tasks(part, measure) for measure in MEASURES),
+        *(_curves(part, measure) for measure in CURVES),
+        _references(part),
+        _variance(part),
+        _origins(part, "kind"),
+        _origins(part, "layer"),
+        _tuned(part),
+    ]
+    return [grid for grid in found if grid.rows]
+
+
+def gains_of_measures(part: Part) -> Grid:
+    """Return what each strategy gains, over all tasks and counts.
+
+    Args:
+        part: Of a summary.
+    """
+    rows = []
+    for axis, strategy in _lines(part):
+        where = {"task": None, "axis": axis, "strategy": strategy}
+        cells = []
+        for measure in MEASURES:
+            (row,) = part.rows("gains", **where, measure=measure)
+            cells.append(_gain(row["over_counts"]))
+        rows.append([f"{axis or 'all axes'}, {strategy}", *cells])
+    caption = (
+        "How much better than random rows or columns, in units of the spread over "
+        "random selections of the same size: mean over tasks, splits and sizes, ± "
+        "standard error. Above 1 a choice gains more than another random draw would "
+        "move. Distances, alignment and the score alone are of the selected weights "
+        "by themselves; the score is of them beside the head, as they are fine-tuned."
+    )
+    columns = ["axis, strategy", *TITLES.values()]
+    return Grid("gains", "Gain over random selection", caption, columns, rows)
+
+
+def _gains_at_counts(part: Part, measure: str) -> Grid:
+    gains = part.rows("gains", task=None, measure=measure)
+    counts = sorted({c for row in gains if row["axis"] for c in row["counts"]})
+    rows = []
+    for axis, strategy in _lines(part):
+        if axis is None:
+            continue
+        (row,) = select(gains, axis=axis, strategy=strategy)
+        place = {count: i for i, count in enumerate(row["counts"])}
+        cells = [
+            _gain({key: row[key][place[count]] for key in ("gain", "error")})
+            if count in place
+            else _gain(None)
+            for count in counts
+        ]
+        rows.append([f"{axis}, {strategy}", *cells])
+    return Grid(
+        f"gains-at-{measure}",
+        f"Gain by size: {TITLES[measure]}",
+        "Mean over tasks and splits, ± standard error, in spreads.",
+        ["axis, strategy", *(f"r = {count}" for count in counts)],
+        rows,
+        folded=True,
+    )
+
+
+def _gains_on_tasks(part: Part, measure: str) -> Grid:
+    rows = []
+    for axis, strategy in _lines(part) if part.tasks[1:] else ():
+        own = part.rows("gains", axis=axis, strategy=strategy, measure=measure)
+        by_task = {row["task"]: row["over_counts"] for row in own}
+        cells = [_gain(by_task.get(task)) for task in (*part.tasks, None)]
+        rows.append([f"{axis or 'all axes'}, {strategy}", *cells])
+    return Grid(
+        f"gains-on-{measure}",
+        f"Gain by task: {TITLES[measure]}",
+        "Mean over splits and sizes, ± standard error, in spreads.",
+        ["axis, strategy", *part.tasks, "all tasks"],
+        rows,
+        folded=True,
+    )
+
+
+def _curves(part: Part, measure: str) -> Grid:
+    """Return a measure of selections by size, as means over tasks."""
+    curves = part.rows("curves")
+    counts = sorted({count for row in curves for count in row["counts"]})
+    whole = [row[measure] for row in part.rows("references", name=ALL)]
+    rows = []
+    for axis, strategy in dict.fromkeys((r["axis"], r["strategy"]) for r in curves):
+        own = select(curves, axis=axis, strategy=strategy)
+        form = SCORE if strategy == RANDOM else PERCENT
+        cells = [write(_mean_at(own, measure, count), form) for count in counts]
+        rows.append([f"{axis}, {strategy}", *cells, write(_mean(whole), PERCENT)])
+    return Grid(
+        f"curves-{measure}",
+        f"{TITLES[measure].capitalize()} by size",
+        "In percent, mean over splits and tasks; random selections ± their spread, the "
+        "standard deviation over selections on a split. All is every row, which is "
+        "every column: the linear weights of the blocks.",
+        ["axis, strategy", *(f"r = {count}" for count in counts), "all"],
+        rows,
+        folded=measure not in {"rescaled", "score"},
+    )
+
+
+def _references(part: Part) -> Grid:
+    titles = {
+        FULL: "full kernel",
+        ALL: "all linear weights",
+        HEAD: "head alone",
+        OWN_OUTPUTS: "model itself",
+    }
+    rows = []
+    for task in part.tasks:
+        by_name = {row["name"]: row for row in part.rows("references", task=task)}
+        if not by_name:
+            continue
+        cells = [write((by_name.get(n) or {}).get("score"), SCORE) for n in titles]
+        for name, measure in (
+            (FULL, "score_of_body"),
+            (ALL, "score_of_body"),
+            (ALL, "raw"),
+            (ALL, "rescaled"),
+        ):
+            cells.append(write((by_name.get(name) or {}).get(measure), SCORE))
+        rows.append([task, *cells])
+    columns = ["task", *titles.values(), "full alone", "linear alone"]
+    columns += ["linear to full", "linear to full, best scale"]
+    return Grid(
+        "references",
+        "What selections are compared with",
+        "Test scores, of the kernels beside the head and alone, and distances of the "
+        "linear weights' kernel to the full one, in percent, mean ± standard deviation "
+        "over splits.",
+        columns,
+        rows,
+    )
+
+
+def _variance(part: Part) -> Grid:
+    rows = []
+    found = part.rows("variance")
+    for axis, count in dict.fromkeys((row["axis"], row["count"]) for row in found):
+        own = select(found, axis=axis, count=count)
+        by_task = {row["task"]: row for row in own}
+        cells = []
+        for task in part.tasks:
+            row = by_task.get(task) or {"expected": None, "measured": {"mean": None}}
+            cells += [_root(row["expected"]), _root(row["measured"]["mean"])]
+        extreme = _mean([{"mean": row["extreme"]} for row in own])
+        rows.append([f"{axis}, r = {count}", *cells, write(extreme, PERCENT)])
+    columns = ["axis, size"]
+    for task in part.tasks:
+        columns += [f"{task}, expected", f"{task}, measured"]
+    return Grid(
+        "errors",
+        "Error of random selections and its expectation",
+        "Root of the mean squared relative Frobenius error, in percent, of the "
+        "unbiased kernel of random rows or columns against that of all linear weights. "
+        "Extreme: share of the expected squared error that the one most extreme row or "
+        "column of each weight accounts for.",
+        [*columns, "extreme"],
+        rows,
+    )
+
+
+def _origins(part: Part, by: str) -> Grid:
+    origins = part.rows("origins")
+    groups = list(dict.fromkeys(g for row in origins for g in row["cosine"][by]))
+    rows = []
+    for group in groups:
+        cells = [number(total(origins[0]["share"], by, group), PERCENT)]
+        for task in part.tasks:
+            own = select(origins, task=task)
+            trace = total(own[0]["trace"], by, group) if own else None
+            cells.append(number(trace, PERCENT))
+            cosine = own[0]["cosine"][by].get(group) if own else None
+            cells.append(number(cosine, Form(".3f")))
+        rows.append([group, *cells])
+    columns = [by, "parameters"]
+    for task in part.tasks:
+        columns += [f"{task}, trace", f"{task}, cosine"]
+    return Grid(
+        f"origins-{by}",
+        f"Where the full kernel comes from, by {'module' if by == 'kind' else by}",
+        "Share of the parameters and of the full kernel's trace on the training "
+        "examples, in percent, and cosine of the part's kernel to the full one; means "
+        "over splits.",
+        columns,
+        rows,
+    )
+
+
+def total(nested: Mapping[str, Mapping[str, float]], by: str, group: str) -> float:
+    """Return the sum over a kind of modules or a layer.
+
+    Args:
+        nested: Numbers by kind and layer.
+        by: ``"kind"`` or ``"layer"``.
+        group: Which.
+    """
+    if by == "kind":
+        return sum(nested[group].values())
+    return sum(by_layer.get(group, 0.0) for by_layer in nested.values())
+
+
+def _tuned(part: Part) -> Grid:
+    rows = [
+        [
+            f"{row['task']}, {row['method']}",
+            write(row["score"], SCORE),
+            write(row["kernel"], SCORE),
+            write(row["points"], POINTS),
+        ]
+        for row in part.rows("tuned")
+    ]
+    return Grid(
+        "tuned",
+        "Fine-tuning",
+        "Test score of fine-tuning by a method and of the kernel over what it trains, "
+        "in percent, and points of the kernel above it on the same splits; mean ± "
+        "standard deviation over splits.",
+        ["task, method", "fine-tuning", "kernel", "points"],
+        rows,
+    )
+
+
+def _lines(part: Part) -> list[tuple[str | None, str]]:
+    """Return the axes and strategies that have gains, all axes last."""
+    found = {(row["axis"], row["strategy"]) for row in part.rows("gains")}
+    strategies = dict.fromkeys(row["strategy"] for row in part.rows("gains"))
+    return [
+        (axis, strategy)
+        for axis in (*AXES, None)
+        for strategy in strategies
+        if (axis, strategy) in found
+    ]
+
+
+def _gain(row: Row | None) -> str:
+    if row is None or row["gain"] is None:
+        return write(None, GAIN)
+    return write({"mean": row["gain"], "error": row["error"]}, GAIN)
+
+
+def _mean_at(rows: Iterable[Row], measure: str, count: int) -> Row | None:
+    """Return the mean over tasks, and the mean spread, at a count."""
+    places = [
+        (row, row["counts"].index(count)) for row in rows if count in row["counts"]
+    ]
+    means = [{"mean": row[measure]["mean"][i]} for row, i in places]
+    spreads = [{"mean": row[measure]["deviation"][i]} for row, i in places]
+    mean, deviation = _mean(means), _mean(spreads)
+    if mean is None:
+        return None
+    return {**mean, "deviation": deviation and deviation["mean"]}
+
+
+def _mean(rows: Sequence[Row]) -> Row | None:
+    """Return the mean over tasks; None if a task has none."""
+    values = [row["mean"] for row in rows]
+    if not values or None in values:
+        return None
+    return {"mean": sum(values) / len(values)}
+
+
+def _root(square: float | None) -> str:
+    return number(None if square is None else square**0.5, PERCENT)
