@@ -6,7 +6,7 @@ from rocoft.config import RoCoFTConfig
 from rocoft.export import export_lora
 from rocoft.model import RoCoFTModel, calibrated
 from rocoft.slices import parameter_count
-from rocoft.splits import few_shot
+from rocoft.splits import few_shot, lmbff_split
 from rocoft.tasks import load_file, load_task
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load_task",
     "load_file",
     "few_shot",
+    "lmbff_split",
     # models
     "Backbone",
     "load_backbone",
