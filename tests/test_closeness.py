@@ -141,7 +141,7 @@ def test_constants_are_norms_of_jacobians():
     d = torch.randn_like(linear.delta)
     d = d / d.norm()
     points = [0.1 * d, 0.5 * d]
-    found = lipschitz(linear, inputs, points, tolerance=1e-10, iterations=500)
+    found = lipschitz(linear, inputs, points, tolerance=0.0)
 
     def dense(delta):
         rows = gradients(linear.model_at(delta).requires_grad_(True), inputs)
