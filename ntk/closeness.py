@@ -220,7 +220,7 @@ def lipschitz(
     inputs: Inputs,
     points: Sequence[Tensor],
     *,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
     iterations: int = 50,
     seed: int = 0,
     batch_size: int | None = None,

@@ -150,7 +150,7 @@ def fine_tune(
         },
         "metric": names[0],
         "anchor": anchor and asdict(anchor),
-        "wrapped": wrap and wrap.__name__,
+        "wrapped": None if wrap is None else getattr(wrap, "__name__", repr(wrap)),
     }
     if method.kind == "probe":
         if anchor or wrap:

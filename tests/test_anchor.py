@@ -284,12 +284,15 @@ def test_a_resumed_training_is_anchored_where_it_began(
         assert torch.equal(resumed.model.get_parameter(name), parameter), name
 
 
-def test_another_anchor_is_refused_on_resumption(backbone, split, tmp_path):
+def test_another_anchor_or_wrapper_is_refused_on_resumption(backbone, split, tmp_path):
     options = {"lrs": [1e-2], "arguments": QUICK, "folder": tmp_path / "search"}
     fine_tune(backbone, split, "rows:1", anchor=Anchor(1.0), **options)
     for other in (None, Anchor(2.0), Anchor(1.0, selective=True)):
         with pytest.raises(TrainingError, match="other settings: anchor .* there"):
             fine_tune(backbone, split, "rows:1", anchor=other, resume=True, **options)
+    options |= {"anchor": Anchor(1.0), "resume": True}
+    with pytest.raises(TrainingError, match="wrapped None there, Sequential now"):
+        fine_tune(backbone, split, "rows:1", wrap=nn.Sequential, **options)
 
 
 def test_refused(backbone, split, tmp_path):
@@ -298,6 +301,8 @@ def test_refused(backbone, split, tmp_path):
             Anchor(strength)
     with pytest.raises(TrainingError, match="'probe' takes no steps"):
         fine_tune(backbone, split, "probe", anchor=Anchor(1.0))
+    with pytest.raises(TrainingError, match="'probe' takes no steps"):
+        fine_tune(backbone, split, "probe", wrap=nn.Sequential)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="model_init= makes another model"):
         anchored(Trainer, Anchor(1.0))(args=arguments, model_init=Regression)
