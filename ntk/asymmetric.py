@@ -14,9 +14,8 @@ must be positive; that of Asymmetric-SignGD is the mean 1-norm of the gradients.
 """
 
 import warnings
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import scipy.linalg
@@ -32,10 +31,12 @@ from ntk.classifiers import (
     Array,
     Labels,
     Maybe,
+    Solution,
     _decide,
     _grid,
     _KernelClassifier,
     _margin,
+    _RidgeClassifier,
 )
 from ntk.spectrum import FLOAT64_EPS
 
@@ -82,48 +83,13 @@ def ridge_solution(gram: Array, targets: Array, ridge: float) -> Array:
 
 
 class _AsymmetricClassifier(_KernelClassifier):
-    """What the classifiers share: a kernel that is checked but never made symmetric."""
+    """What the classifiers share: K need be neither symmetric nor semi-definite."""
 
-    tolerance = 0.0
-    _kernel: Array
-
-    def fit(self, K: ArrayLike, y: ArrayLike, offset: Maybe = None) -> Self:
-        """Fit to a training kernel.
-
-        Args:
-            K: ``(n, n)`` or ``(n, n, c, c)``, rows and columns the same examples. It
-                need be neither symmetric nor positive semi-definite.
-            y: ``(n,)`` labels of any type, at least two different.
-            offset: ``(n, c)`` or None. If given, every prediction needs one too.
-
-        Returns:
-            The estimator.
-
-        Raises:
-            SingularSystemError: If no solution is determined.
-            ValueError: If a shape does not fit the others, a value is missing or
-                infinite, `y` holds one class, or a parameter is out of range.
-        """
-        self._kernel = np.asarray(check_array(K, **KERNEL))
-        return super().fit(self._kernel, y, offset)
-
-    @staticmethod
-    def _gram(K: Array) -> Array:
-        # The symmetric part: what is checked of it, shape and diagonal, K shares.
-        gram = _KernelClassifier._gram(K)
-        return (gram + gram.T) / 2
-
-    def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
-        gram = _KernelClassifier._gram(self._kernel)
-        del self._kernel
-        self._solve(gram, labels, f0)
-
-    @abstractmethod
-    def _solve(self, gram: Array, labels: Labels, f0: Array | None) -> None:
-        """Learn as `_fit` does, from the Gram matrix as it is."""
+    def _checked(self, gram: Array) -> Array:
+        return gram
 
 
-class AsymmetricRidgeClassifier(_AsymmetricClassifier):
+class AsymmetricRidgeClassifier(_AsymmetricClassifier, _RidgeClassifier):
     """Ridge regression on class indicators with an asymmetric kernel.
 
     Solves (K + alpha scale_ I) a = r and predicts K(x, train) a, with targets, r and
@@ -152,29 +118,16 @@ class AsymmetricRidgeClassifier(_AsymmetricClassifier):
         self.alpha = alpha
         self.alphas = alphas
 
-    def _solve(self, gram: Array, labels: Labels, f0: Array | None) -> None:
-        alphas, n, o = _grid(self, "alpha")[::-1], len(labels), self.n_outputs_
-        targets = np.eye(o)[labels] if o > 1 else _signs(labels, 1)
-        b = len(gram) // n  # Blocks of b rows, o / b columns: b = 1 in the scalar form.
-        r = (targets if f0 is None else targets - f0).reshape(n, b, -1)
-        # The mean over all examples, and over all but each.
-        mean = r.mean(axis=0) * (f0 is None)
-        mean_without = (n * mean - r) / (n - 1) * (f0 is None)
-        results = []
-        for alpha in alphas:
-            ridge = alpha * self.scale_
+    def _solutions(
+        self, gram: Array, r: Array, ridges: Sequence[float]
+    ) -> Iterator[Solution]:
+        n, b = r.shape[:2]
+        for ridge in ridges:
             inverse = ridge_solution(gram, np.eye(n * b), ridge)
-            G_r = (inverse @ r.reshape(n * b, -1)).reshape(n, b, -1)
             blocks = inverse.reshape(n, b, n, b)
-            G_1, G_ii = blocks.sum(axis=2), blocks[range(n), :, range(n)]
-            residual = np.linalg.solve(G_ii, G_r - G_1 @ mean_without).reshape(n, o)
-            results.append((residual, G_r - G_1 @ mean))
-        errors = np.array([(residual**2).mean() for residual, _ in results])
-        best = int(np.argmax(errors <= errors.min() * TIE))
-        residual, a = results[best]
-        self.alpha_, self.loo_error_ = alphas[best], float(errors[best])
-        self.loo_accuracy_ = float((_decide(targets - residual) == labels).mean())
-        self.dual_coef_, self.intercept_ = a.reshape(n, o), mean.ravel()
+            G_r = (inverse @ r.reshape(n * b, -1)).reshape(n, b, -1)
+            G_ii = blocks[range(n), :, range(n)]
+            yield G_r, blocks.sum(axis=2), partial(np.linalg.solve, G_ii)
 
 
 class AsymmetricLSSVC(_AsymmetricClassifier):
@@ -266,7 +219,7 @@ class AsymmetricLSSVC(_AsymmetricClassifier):
         predicted = self.predict(K, offset, flipped)
         return float(accuracy_score(y, predicted, sample_weight=sample_weight))
 
-    def _solve(self, gram: Array, labels: Labels, f0: Array | None) -> None:
+    def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
         gammas, w, o = _grid(self, "gamma"), self.weight, self.n_outputs_
         if self.kernel_ndim_ > 2:
             raise ValueError(

@@ -25,7 +25,8 @@ takes scikit-learn's metadata routing, `set_fit_request` and `set_score_request`
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -106,7 +107,7 @@ class _KernelClassifier(ClassifierMixin, BaseEstimator):
         self.n_outputs_ = 1 if K.ndim == c == 2 else c
         self.uses_offset_ = offset is not None
         f0 = self._offset(offset, len(K))
-        gram = as_symmetric(self._gram(K), "K", tolerance=self.tolerance)
+        gram = self._checked(self._gram(K))
         self.scale_ = float(gram.trace() / len(gram))
         if not self.scale_ > 0:
             raise ValueError(
@@ -144,6 +145,10 @@ class _KernelClassifier(ClassifierMixin, BaseEstimator):
         """Return the accuracy on ``(m,)`` labels `y`, see `decision_function`."""
         predicted = self.predict(K, offset)
         return float(accuracy_score(y, predicted, sample_weight=sample_weight))
+
+    def _checked(self, gram: Array) -> Array:
+        """Return a Gram matrix that the classifier can learn from."""
+        return as_symmetric(gram, "K", tolerance=self.tolerance)
 
     @abstractmethod
     def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
@@ -193,7 +198,46 @@ class _KernelClassifier(ClassifierMixin, BaseEstimator):
         return np.asarray(f0)
 
 
-class KernelRidgeClassifier(_KernelClassifier):
+Solution = tuple[Array, Array, Callable[[Array], Array]]
+"""(K + ridge I)^-1 on r, ``(n, b, t)``, and on the identity repeated for every example,
+``(n, b, b)``; and the function from a dual solution to what leaving out leaves."""
+
+
+class _RidgeClassifier(_KernelClassifier):
+    """What ridge classifiers share: targets, their mean, and the choice of alpha."""
+
+    alpha: float | None
+    alphas: Sequence[float]
+
+    @abstractmethod
+    def _solutions(
+        self, gram: Array, r: Array, ridges: Sequence[float]
+    ) -> Iterator[Solution]:
+        """Yield the solution at each ridge for ``(n, b, t)`` right sides."""
+
+    def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
+        alphas = _grid(self, "alpha")[::-1]
+        n, o = len(labels), self.n_outputs_
+        targets = np.eye(o)[labels] if o > 1 else np.where(labels, 1.0, -1.0)[:, None]
+        b = len(gram) // n  # Blocks of b rows, o / b columns: b = 1 in the scalar form.
+        r = (targets if f0 is None else targets - f0).reshape(n, b, -1)
+        # The mean over all examples, and over all but each.
+        mean = r.mean(axis=0) * (f0 is None)
+        mean_without = (n * mean - r) / (n - 1) * (f0 is None)
+        results = []
+        ridges = [alpha * self.scale_ for alpha in alphas]
+        for G_r, G_1, left_out in self._solutions(gram, r, ridges):
+            residual = left_out(G_r - G_1 @ mean_without).reshape(n, o)
+            results.append((residual, G_r - G_1 @ mean))
+        errors = np.array([(residual**2).mean() for residual, _ in results])
+        best = int(np.argmax(errors <= errors.min() * TIE))
+        residual, a = results[best]
+        self.alpha_, self.loo_error_ = alphas[best], float(errors[best])
+        self.loo_accuracy_ = float((_decide(targets - residual) == labels).mean())
+        self.dual_coef_, self.intercept_ = a.reshape(n, o), mean.ravel()
+
+
+class KernelRidgeClassifier(_RidgeClassifier):
     """Kernel ridge regression on class indicators.
 
     Solves (K + alpha scale_ I) a = r, K being the Gram matrix. Targets are +-1 where
@@ -230,30 +274,16 @@ class KernelRidgeClassifier(_KernelClassifier):
         self.alphas = alphas
         self.tolerance = tolerance
 
-    def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
-        alphas = _grid(self, "alpha")[::-1]
+    def _solutions(
+        self, gram: Array, r: Array, ridges: Sequence[float]
+    ) -> Iterator[Solution]:
         values, U = eigensystem(gram, tolerance=self.tolerance)
-        n, o = len(labels), self.n_outputs_
-        targets = np.eye(o)[labels] if o > 1 else np.where(labels, 1.0, -1.0)[:, None]
-        b = len(gram) // n  # Blocks of b rows, o / b columns: b = 1 in the scalar form.
-        r = (targets if f0 is None else targets - f0).reshape(n, b, -1)
-        # The mean over all examples, and over all but each.
-        mean = r.mean(axis=0) * (f0 is None)
-        mean_without = (n * mean - r) / (n - 1) * (f0 is None)
+        n, b = r.shape[:2]
         U_i = U.reshape(n, b, -1)
         U_r, U_1 = U.T @ r.reshape(n * b, -1), U_i.sum(axis=0).T
-        results = []
-        for alpha in alphas:
-            G_U = (U / (values + alpha * self.scale_)).reshape(n, b, -1)
-            G_r, G_1 = G_U @ U_r, G_U @ U_1
-            residual = left_out_residuals(G_U, U_i, G_r - G_1 @ mean_without)
-            results.append((residual.reshape(n, o), G_r - G_1 @ mean))
-        errors = np.array([(residual**2).mean() for residual, _ in results])
-        best = int(np.argmax(errors <= errors.min() * TIE))
-        residual, a = results[best]
-        self.alpha_, self.loo_error_ = alphas[best], float(errors[best])
-        self.loo_accuracy_ = float((_decide(targets - residual) == labels).mean())
-        self.dual_coef_, self.intercept_ = a.reshape(n, o), mean.ravel()
+        for ridge in ridges:
+            G_U = (U / (values + ridge)).reshape(n, b, -1)
+            yield G_U @ U_r, G_U @ U_1, partial(left_out_residuals, G_U, U_i)
 
 
 class _CrossValidatedClassifier(_KernelClassifier):
