@@ -14,17 +14,18 @@ from ntk.ablation import (
     variance_records,
 )
 from ntk.fewshot import Protocol, fine_tuning_records
-from ntk.options import positive
+from ntk.options import add_model_options, positive
 from ntk.study import Cell, Key, Unit
-from ntk.study_options import _refuse_repeated, build_study_parser
+from ntk.study_options import (
+    add_fine_tuning_options,
+    add_split_options,
+    add_work_options,
+    cells,
+    refuse_repeated,
+)
 from rocoft.methods import parse_method
 from rocoft.selection import STRATEGIES
 
-SHARED = ("model", "splits", "fine-tuning", "work and output")
-"""Groups of options that this command has of `python -m ntk.evaluate`."""
-OWN = ("seeds", "choose_lr")
-"""Options of these groups that are not: other seeds are the default, and each of them
-chooses its learning rate."""
 COUNTS = (1, 2, 3, 5, 8, 16, 64)
 SEEDS = (13, 21, 42)
 DRAWS = 5
@@ -46,23 +47,11 @@ def build_ablation_parser() -> argparse.ArgumentParser:
         "records failed, 2 bad input, 130 interrupted.",
         allow_abbrev=False,
     )
-    for group in build_study_parser()._action_groups:
-        if group.title in SHARED:
-            own = parser.add_argument_group(group.title)
-            for action in group._group_actions:
-                if action.dest not in OWN:
-                    own._add_action(action)
-            if group.title == "splits":
-                own.add_argument(
-                    "--seeds",
-                    type=int,
-                    nargs="+",
-                    default=list(SEEDS),
-                    metavar="SEED",
-                    help="of the splits, new heads and fine-tuning (default: "
-                    f"{' '.join(map(str, SEEDS))})",
-                )
-    parser.set_defaults(name="ablation", coupled=False, choose_lr="each")
+    add_model_options(parser)
+    add_split_options(parser, SEEDS)
+    add_fine_tuning_options(parser, choose_lr=False)
+    add_work_options(parser, "ablation")
+    parser.set_defaults(coupled=False)
     add = parser.add_argument_group("what is measured").add_argument
     add(
         "--axes",
@@ -127,35 +116,24 @@ def units(options: argparse.Namespace, protocol: Protocol) -> list[Unit]:
         TaskError: If something is asked for twice or a split cannot be drawn.
     """
     methods = [str(parse_method(text)) for text in options.finetune_points]
-    for option, values in (
-        ("tasks", options.tasks),
-        ("shots", options.shots),
-        ("seeds", options.seeds),
-        ("axes", options.axes),
-        ("counts", options.counts),
-        ("strategies", options.strategies),
-        ("finetune-points", methods),
-    ):
-        _refuse_repeated(option, values)
-    tasks = {name: protocol.task(name) for name in options.tasks}
-    cells = [
-        Cell(name, shots, seed)
-        for shots in options.shots
-        for seed in options.seeds
-        for name in tasks
-    ]
-    for cell in cells:
-        protocol.draw(tasks[cell.task], cell)
+    refuse_repeated(
+        options,
+        axes=options.axes,
+        counts=options.counts,
+        strategies=options.strategies,
+        finetune_points=methods,
+    )
+    splits = cells(options, protocol)
     counts = [count for count in options.counts if count != ALL]
     if counts and not options.report_only:
-        check_counts(protocol, cells[0], counts)
+        check_counts(protocol, splits[0], counts)
     chosen = selections(options.axes, counts, options.strategies, options.random_seeds)
     references = [FULL, ALL] if ALL in options.counts else [FULL]
     names = (*references, *(each.name for each in chosen))
     estimates = tuple(each.estimate for each in chosen if each.is_estimate)
     entries = int(options.memory * GIB[options.dtype])
     found = []
-    for cell in cells:
+    for cell in splits:
         found.append(
             Unit(
                 _keys(cell, "selection", names),

@@ -1,48 +1,26 @@
-"""The options of `python -m ntk.evaluate`, and the records that they ask for."""
+"""The options that the commands of studies share, and the splits that they ask for."""
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from ntk.fewshot import (
-    Protocol,
-    fine_tuning_records,
-    kernel_records,
-    repeated_records,
-)
-from ntk.kernel import KINDS
-from ntk.notation import parse_space
-from ntk.options import add_model_options, positive
-from ntk.study import Cell, Key, Unit
+from ntk.fewshot import Protocol
+from ntk.options import positive
+from ntk.study import Cell
 from rocoft.methods import parse_method
 from rocoft.tasks import HUB, TaskError
 
-SPACES = (
-    *("full", "rows:1", "rows:3", "columns:1", "columns:3", "rows:3+columns:3"),
-    *("lora:8", "bias", "head"),
-)
-METHODS = ("full", "rows:3", "columns:3", "lora:8", "bitfit", "head")
-SEEDS = (13, 21, 42, 87, 100)
-"""Of the published splits of LM-BFF."""
 
+def add_split_options(
+    parser: argparse.ArgumentParser, seeds: Sequence[int], of: str = ""
+) -> None:
+    """Add the options that say which splits there are.
 
-def build_study_parser() -> argparse.ArgumentParser:
-    """Return the parser; its help is the documentation of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ntk.evaluate",
-        description="Do kernel classifiers match fine-tuning, and does the kernel over "
-        "a few rows match the full one? For every task and seed: few-shot splits drawn "
-        "as LM-BFF draws them, kernels of all spaces from one pass, classifiers and "
-        "fine-tuning with hyperparameters chosen on the same dev examples. What is "
-        "done is kept: the same command goes on where it was stopped, and further "
-        "tasks, shots, seeds, spaces and methods can be added.",
-        epilog="A SPEC is that of python -m ntk.compare, a METHOD that of python -m "
-        "rocoft.train. Exit codes: 0 done, 1 some records failed, 2 bad input, 130 "
-        "interrupted.",
-        allow_abbrev=False,
-    )
-    add_model_options(parser)
+    Args:
+        parser: Of a command.
+        seeds: The default ones.
+        of: Where these are from, for the help.
+    """
     add = parser.add_argument_group("splits").add_argument
     add(
         "--tasks",
@@ -70,10 +48,10 @@ def build_study_parser() -> argparse.ArgumentParser:
         "--seeds",
         type=int,
         nargs="+",
-        default=list(SEEDS),
+        default=list(seeds),
         metavar="SEED",
-        help="of the splits, new heads and fine-tuning (default: those of LM-BFF, "
-        f"{' '.join(map(str, SEEDS))})",
+        help="of the splits, new heads and fine-tuning (default: "
+        f"{of}{' '.join(map(str, seeds))})",
     )
     add(
         "--test-size",
@@ -82,34 +60,18 @@ def build_study_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most test examples, the same for all splits (default: %(default)s)",
     )
-    add = parser.add_argument_group("what is measured").add_argument
-    add(
-        "--spaces",
-        nargs="*",
-        default=list(SPACES),
-        metavar="SPEC",
-        help=f"kernels (default: {' '.join(SPACES)})",
-    )
-    add(
-        "--kinds",
-        nargs="+",
-        choices=tuple(KINDS),
-        default=["sgd"],
-        help="of kernel: <g, g'>, <sign g, sign g'> or <g, sign g'> (default: sgd)",
-    )
-    add(
-        "--finetune",
-        nargs="*",
-        default=list(METHODS),
-        metavar="METHOD",
-        help=f"ground truth; none if nothing follows (default: {' '.join(METHODS)})",
-    )
-    add(
-        "--coupled",
-        action="store_true",
-        help="with more than two labels, contract all pairs of outputs instead of "
-        "their sum; as many times slower as there are labels",
-    )
+
+
+def add_fine_tuning_options(
+    parser: argparse.ArgumentParser, *, choose_lr: bool
+) -> None:
+    """Add the options of fine-tuning.
+
+    Args:
+        parser: Of a command.
+        choose_lr: Whether one seed may choose the learning rate for all; where it may
+            not, each chooses its own.
+    """
     add = parser.add_argument_group("fine-tuning").add_argument
     add(
         "--num-train-epochs",
@@ -141,6 +103,9 @@ def build_study_parser() -> argparse.ArgumentParser:
         help="learning rates of a method to choose from on dev, such as "
         "rows:3=1e-3,3e-3 (default: three of each method's own)",
     )
+    if not choose_lr:
+        parser.set_defaults(choose_lr="each")
+        return
     add(
         "--choose-lr",
         choices=("each", "first"),
@@ -149,6 +114,15 @@ def build_study_parser() -> argparse.ArgumentParser:
         "its kernels choose their regularisation, or the first one for all seeds of a "
         "task and method, in less than half of the time (default: %(default)s)",
     )
+
+
+def add_work_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the options of how a study is done and where it is put.
+
+    Args:
+        parser: Of a command.
+        name: Of the study, unless another is given.
+    """
     add = parser.add_argument_group("work and output").add_argument
     add(
         "--batch-size",
@@ -170,7 +144,7 @@ def build_study_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="report on the records that are there and make none",
     )
-    add("--name", default="fewshot", help="of the study (default: %(default)s)")
+    add("--name", default=name, help="of the study (default: %(default)s)")
     add(
         "--output",
         type=Path,
@@ -185,7 +159,6 @@ def build_study_parser() -> argparse.ArgumentParser:
         help="YAML with the same names as these options; flags win",
     )
     add("--quiet", action="store_true", help="print nothing but errors")
-    return parser
 
 
 def protocol(options: argparse.Namespace) -> Protocol:
@@ -238,67 +211,44 @@ def protocol(options: argparse.Namespace) -> Protocol:
     )
 
 
-def units(options: argparse.Namespace, protocol: Protocol) -> list[Unit]:
-    """Return the work, and see that each split can be drawn before any is done.
+def cells(options: argparse.Namespace, protocol: Protocol) -> list[Cell]:
+    """Return the splits of a study, and see that each can be drawn.
 
     Args:
         options: Parsed options.
         protocol: Of the study.
 
     Returns:
-        Units, kernels first.
-
-    Raises:
-        TaskError: If something is asked for twice.
+        All tasks of a seed before the next: what there is when a study is stopped, is a
+        smaller study.
     """
-    spaces = [parse_space(text).name for text in options.spaces]
-    methods = [str(parse_method(text)) for text in options.finetune]
-    for option, values in (
-        ("tasks", options.tasks),
-        ("shots", options.shots),
-        ("seeds", options.seeds),
-        ("spaces", spaces),
-        ("finetune", methods),
-        ("kinds", options.kinds),
-    ):
-        _refuse_repeated(option, values)
-    if not spaces and not methods:
-        raise TaskError("--spaces and --finetune are both empty: nothing to measure.")
     tasks = {name: protocol.task(name) for name in options.tasks}
-    # All tasks of a seed before the next: what there is when a study is stopped, is
-    # a smaller study.
-    cells = [
+    found = [
         Cell(name, shots, seed)
         for shots in options.shots
         for seed in options.seeds
         for name in tasks
     ]
-    for cell in cells:
+    for cell in found:
         protocol.draw(tasks[cell.task], cell)
-    found = [
-        Unit(
-            tuple(Key(cell, f"kernel-{kind}", space) for space in spaces),
-            kernel_records,
-            (protocol, cell, kind),
-        )
-        for cell in cells
-        for kind in options.kinds
-        if spaces
-    ]
-    for cell in cells:
-        for method in methods:
-            key = Key(cell, "finetune", method)
-            if protocol.rate_seed in {None, cell.seed}:
-                found.append(Unit((key,), fine_tuning_records, (protocol, cell)))
-                continue
-            after = replace(key, cell=replace(cell, seed=protocol.rate_seed))
-            found.append(Unit((key,), repeated_records, (protocol, cell), after))
     return found
 
 
-def _refuse_repeated(option: str, values: Sequence[object]) -> None:
-    repeated = sorted({str(v) for v in values if values.count(v) > 1})
-    if repeated:
-        raise TaskError(
-            f"--{option} holds {', '.join(repeated)} more than once. Give each once."
-        )
+def refuse_repeated(options: argparse.Namespace, **more: Sequence[object]) -> None:
+    """Refuse what is asked for twice.
+
+    Args:
+        options: Parsed options, of which tasks, shots and seeds are looked at.
+        **more: Values of other options, by name.
+
+    Raises:
+        TaskError: If an option holds a value more than once.
+    """
+    own = {name: getattr(options, name) for name in ("tasks", "shots", "seeds")}
+    for option, values in {**own, **more}.items():
+        repeated = sorted({str(v) for v in values if values.count(v) > 1})
+        if repeated:
+            raise TaskError(
+                f"--{option.replace('_', '-')} holds {', '.join(repeated)} more than "
+                "once. Give each once."
+            )

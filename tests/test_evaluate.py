@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from ntk import evaluate
+from ntk.evaluate_options import build_evaluation_parser, units
 from ntk.fewshot import Protocol, fine_tuning_records, kernel_records
 from ntk.kernel import compute
 from ntk.options import parse_options
 from ntk.spaces import Full, Head, Rows
 from ntk.study import Cell, Study
-from ntk.study_options import build_study_parser, protocol, units
+from ntk.study_options import protocol
 from rocoft.tasks import TaskError
 
 TINY = (
@@ -49,7 +50,7 @@ def study(tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluate")
     assert run(*TINY, "--output", output, "--quiet") == 0
     folder = output / "fewshot"
-    options = parse_options(TINY, build_study_parser())
+    options = parse_options(TINY, build_evaluation_parser())
     work = units(options, protocol(options))
     records = {k: Study(folder).read(k) for unit in work for k in unit.keys}
     return SimpleNamespace(folder=folder, records=records, output=output)
@@ -190,7 +191,7 @@ def test_a_record_that_fails_is_told_and_the_others_made(tmp_path, capsys):
 
 
 def test_learning_rates_are_those_that_were_given():
-    options = parse_options(TINY, build_study_parser())
+    options = parse_options(TINY, build_evaluation_parser())
     (record,) = fine_tuning_records(protocol(options), CELL, ["head"])
     assert record["learning_rate"] == 1e-2
     assert list(record["grid"]) == ["0.01"]
