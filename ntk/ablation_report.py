@@ -29,7 +29,7 @@ from ntk.ablation_tables import (
 )
 from ntk.plots import inline_svg
 from ntk.report import escape, flat, render, write_files
-from ntk.study_grids import Form, number, parted, write
+from ntk.study_grids import Form, markdown_table, number, parted, write
 from ntk.study_report import WIDTH, _ran, _table
 from ntk.study_scores import Row
 
@@ -91,10 +91,8 @@ def markdown(summary: Summary) -> str:
     for part in parts(summary):
         lines += ["", f"## {part.title}"]
         for grid in grids(part):
-            titles = " | ".join(map(escape, grid.columns))
             lines += ["", f"### {escape(grid.title)}", "", escape(grid.caption), ""]
-            lines += [f"| {titles} |", "|---" + "|---:" * (len(grid.columns) - 1) + "|"]
-            lines += [f"| {' | '.join(map(escape, row))} |" for row in grid.rows]
+            lines.append(markdown_table(grid))
     lines += ["", "## What was run", ""]
     lines += [f"- {key}: {escape(flat(value))}" for key, value in _ran(summary)]
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ What is stored for a parameter, and what is contracted together, is a `jobs.Job`
 Gram matrix is added to all spaces that hold its map.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,9 +21,7 @@ from ntk.function import Batch, NetworkFunction, batch_length
 from ntk.jacobian import Key, jacobian, products_kernel
 from ntk.jobs import Job, jobs
 from ntk.maps import Map, Maps
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the steps done and the steps in all."""
+from rocoft.console import Progress
 
 
 @dataclass

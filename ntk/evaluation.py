@@ -24,12 +24,13 @@ from ntk.classifiers import (
     KernelRidgeClassifier,
     KernelSVC,
 )
-from ntk.engine import KernelResult, Progress
+from ntk.engine import KernelResult
 from ntk.function import Batch, evaluating, logits
 from ntk.kernel import Implementation, Kind, compute, gram_matrix, reduced
 from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum, Without
 from rocoft.architecture import Architecture, SelectionError
 from rocoft.backbone import Backbone
+from rocoft.console import Progress
 from rocoft.splits import Split
 
 Array = NDArray[np.float64]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk.contraction import Contraction
-from ntk.engine import Engine, KernelResult, Progress
+from ntk.engine import Engine, KernelResult
 from ntk.function import (
     Inputs,
     NetworkFunction,
@@ -36,6 +36,7 @@ from ntk.function import (
 )
 from ntk.resolution import resolve
 from ntk.spaces import Full, Space
+from rocoft.console import Progress
 
 Reduction = Literal["full", "trace", "margin"]
 Kind = Literal["sgd", "signgd", "asymmetric_signgd"]

@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ntk.engine import Progress
 from ntk.evolution import Pinned
 from ntk.function import Inputs, Readout
 from ntk.kernel import Kind, Reduction, compute, gram_matrix
@@ -25,6 +24,7 @@ from ntk.resolution import resolve
 from ntk.spaces import Full, Space
 from ntk.spectrum import PSD_TOLERANCE, Array, as_symmetric
 from rocoft.architecture import Architecture, SelectionError
+from rocoft.console import Progress
 
 __all__ = [
     "Grouping",
