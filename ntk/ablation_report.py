@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from rich.table import Table
 from scipy import stats
 
@@ -27,16 +26,13 @@ from ntk.ablation_tables import (
     parts,
     total,
 )
-from ntk.plots import inline_svg
-from ntk.report import escape, flat, render, write_files
-from ntk.study_grids import Form, markdown_table, number, parted, write
-from ntk.study_report import WIDTH, _ran, _table
+from ntk.study_grids import Form, number, parted, write
+from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran, write_page
 from ntk.study_scores import Row
 
 __all__ = [
     "collect",
-    "html",
-    "markdown",
+    "report_page",
     "summary_lines",
     "tables",
     "write_ablation",
@@ -53,6 +49,80 @@ QUESTION = (
     "random ones by more than the random spread?"
 )
 
+CAPTIONS = {
+    "gain": (
+        "Gain over random selection",
+        "How much better each choice is than random rows and columns of the same "
+        "number, in units of the spread over random selections; mean over tasks, "
+        "splits and sizes. Within the grey band a choice is worth less than another "
+        "random draw would move. Bars: two standard errors.",
+    ),
+    "distance": (
+        "Distance against size",
+        "Relative Frobenius difference to the full kernel at the best scale, both "
+        "without the head. The grey band is one standard deviation over random "
+        "selections; the star is all linear weights.",
+    ),
+    "score": (
+        "Score against size",
+        "Test score of ridge regression on the kernel of the selection and the head, "
+        "from a multiple of the model's own outputs that is chosen on dev.",
+    ),
+    "alone": (
+        "Score of the selection alone",
+        "Test score of ridge regression on the kernel of the selection alone: "
+        "neither the head nor the model's own outputs take part.",
+    ),
+    "variance": (
+        "Error of random selections",
+        "Points: root mean squared relative Frobenius error of the unbiased kernel "
+        "of random rows or columns; lines: its expectation. Bars: one standard error "
+        "over selections.",
+    ),
+    "origin": (
+        "Where the full kernel comes from",
+        "Share of the trace of the full kernel on the training examples by kind of "
+        "module and layer, and beside it the share of the parameters; mean over "
+        "tasks and splits.",
+    ),
+}
+WORDS = {
+    "selection": (
+        "Rows (output features) or columns (input features) of every linear weight "
+        "in the blocks, the same number r of each."
+    ),
+    "first, last": ("The first or last r."),
+    "random": (
+        "Uniformly, each weight for itself; the same selections on every split."
+    ),
+    "max, min, mixed": ("The largest or smallest Euclidean norms, or half of each."),
+    "activation": (
+        "The largest sums of |W| times the norm of the inputs on the training examples."
+    ),
+    "gradient": ("The most energy of the gradient on the training examples."),
+    "spread": (
+        "Standard deviation over random selections of the same size on the same "
+        "split, pooled over the splits of a task."
+    ),
+    "gain": (
+        "Score less that of random selections on the same split, or the distance "
+        "less, in spreads; positive is better."
+    ),
+    "all": (
+        "Every row of every linear weight, which is every column and both: it is not "
+        "the full kernel, which has embeddings, normalisation layers and biases too."
+    ),
+    "alone": (
+        "The kernel of the selection without the head that was made for the task, "
+        "compared with the full kernel without it."
+    ),
+    "distance": (
+        "Frobenius norm of kernel minus full kernel over that of the full kernel; at "
+        "the best scale after the factor that makes it smallest."
+    ),
+    "alignment": ("Cosine between the kernel and the kernel of the labels."),
+}
+
 
 def tables(summary: Summary) -> list[Table]:
     """Return what choosing gains, for a terminal of 110 columns.
@@ -64,7 +134,9 @@ def tables(summary: Summary) -> list[Table]:
         A table for each number of shots, or more where one would be too wide.
     """
     return [
-        _table(f"{piece.title}, {part.title}: in spreads, ± standard error", piece)
+        terminal_table(
+            f"{piece.title}, {part.title}: in spreads, ± standard error", piece
+        )
         for part in parts(summary)
         if (grid := gains_of_measures(part)).rows
         for piece in parted(grid, WIDTH)
@@ -80,40 +152,30 @@ def summary_lines(summary: Summary) -> list[str]:
     return [*_answers(summary), *_remarks(summary)]
 
 
-def markdown(summary: Summary) -> str:
-    """Return a report as Markdown: sentences, all tables, what was run.
+def report_page(summary: Summary) -> Page:
+    """Return what the report says.
 
     Args:
         summary: As `ablation_summary.collect` returns it.
     """
-    lines = [f"# {escape(_title(summary))}", "", QUESTION, ""]
-    lines += [f"- {escape(line)}" for line in summary_lines(summary)]
-    for part in parts(summary):
-        lines += ["", f"## {part.title}"]
-        for grid in grids(part):
-            lines += ["", f"### {escape(grid.title)}", "", escape(grid.caption), ""]
-            lines.append(markdown_table(grid))
-    lines += ["", "## What was run", ""]
-    lines += [f"- {key}: {escape(flat(value))}" for key, value in _ran(summary)]
-    return "\n".join(lines) + "\n"
-
-
-def html(summary: Summary, figures: Mapping[str, str]) -> str:
-    """Return a report as one HTML page that needs nothing else.
-
-    Args:
-        summary: As `ablation_summary.collect` returns it.
-        figures: SVG by name, as `ntk.plots.to_svg` writes it.
-    """
-    return render(
-        "ablation.html.j2",
-        title=_title(summary),
+    models = ", ".join(summary["models"]) or "no records"
+    return Page(
+        title=f"Which rows and columns a kernel needs: {models}",
         question=QUESTION,
         answers=list(_answers(summary)),
         remarks=list(_remarks(summary)),
-        parts=[(part, grids(part), _of_part(part, figures)) for part in parts(summary)],
-        ran=_ran(summary),
-        flat=flat,
+        sections=[
+            Section(
+                part.title,
+                part.name,
+                grids(part),
+                [f"{what}-{part.name}" for what in CAPTIONS],
+            )
+            for part in parts(summary)
+        ],
+        ran=what_ran(summary),
+        captions=CAPTIONS,
+        words=WORDS,
     )
 
 
@@ -130,9 +192,8 @@ def write_ablation(summary: Summary, folder: Path) -> dict[str, Path]:
     Raises:
         StorageError: If the folder cannot be written to.
     """
-    page = lambda figures: html(summary, figures)
-    text = markdown(summary)
-    return write_files(folder, summary, text, draw_figures(summary), page)
+    page = report_page(summary)
+    return write_page(page, summary, draw_figures(summary), folder)
 
 
 def verdict(over: Row) -> str:
@@ -347,18 +408,3 @@ def _remarks(summary: Summary) -> Iterator[str]:
 def _mean_percent(values: Iterable[float]) -> str:
     several = list(values)
     return number(sum(several) / len(several), PERCENT) if several else "–"
-
-
-def _of_part(part: Part, figures: Mapping[str, str]) -> dict[str, tuple[str, Markup]]:
-    """Return a part's figures, by what they show, with their names."""
-    found = {}
-    for name, svg in figures.items():
-        what, _, shots = name.partition("-")
-        if shots == part.name:
-            found[what] = (name, Markup(inline_svg(svg, name)))
-    return found
-
-
-def _title(summary: Summary) -> str:
-    models = ", ".join(summary["models"]) or "no records"
-    return f"Which rows and columns a kernel needs: {models}"

@@ -9,32 +9,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from ntk.plots import inline_svg
-from ntk.report import escape, flat, render, write_files
 from ntk.study_figures import draw_figures
-from ntk.study_grids import (
-    Column,
-    Form,
-    Grid,
-    heading,
-    markdown_table,
-    narrow,
-    parted,
-    write,
-)
+from ntk.study_grids import Column, Form, narrow, parted, write
+from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran, write_page
 from ntk.study_scores import Row, across
 from ntk.study_summary import FEW_ROWS, collect, select
 from ntk.study_tables import Part, grids, kernel_scores, parts, tuned_scores
 
 __all__ = [
     "collect",
-    "html",
-    "markdown",
+    "report_page",
     "summary_lines",
     "tables",
     "write_study",
@@ -42,13 +28,82 @@ __all__ = [
 
 Summary = Mapping[str, Any]
 
-WIDTH = 110
-"""Of the terminal that tables are made for."""
 TWO_ERRORS = 2
 QUESTION = (
     "Do classifiers on kernels reach what fine-tuning reaches, and does the kernel "
     "over a few rows do as well as the full one?"
 )
+CAPTIONS = {
+    "scores": (
+        "Scores by task",
+        "Kernel classifiers (filled) and fine-tuning of the same parameters (open); "
+        "the grey line is the model itself before any training. Bars: one standard "
+        "deviation over seeds.",
+    ),
+    "scatter": (
+        "Kernel against fine-tuning",
+        "Each point is a task: fine-tuning of a space's parameters, and the "
+        "classifier on the kernel over them. Above the line the kernel does better.",
+    ),
+    "ratio": (
+        "Ratio by task",
+        "Score of each kernel over that of full fine-tuning. At the dashed line a "
+        "kernel reaches 90 % of it. Bars: one standard error over seeds.",
+    ),
+    "growth": (
+        "Growth with the examples",
+        "Relative Frobenius difference to the full kernel at the best scale, on "
+        "random subsets of the training examples. Bars: standard error over tasks.",
+    ),
+    "change": (
+        "Kernel change",
+        "How far fine-tuning moves the full kernel of the training examples: each "
+        "dot is a task, the bar their median.",
+    ),
+}
+WORDS = {
+    "space": (
+        "The parameters that a kernel is over: all (full), rows or columns of the "
+        "weight matrices, LoRA matrices at initialisation, biases, the head. A head "
+        "that was made for the task belongs to each."
+    ),
+    "kernel classifier": (
+        "Ridge regression, logistic regression or support vector machine on the "
+        "kernel of the training examples; its regularisation and how much of the "
+        "model's own outputs it starts from are chosen on the dev examples."
+    ),
+    "fine-tuning": (
+        "Of just these parameters on the same training examples; learning rate and "
+        "checkpoint are chosen on the same dev examples."
+    ),
+    "shots": ("Training examples of each label, and as many dev examples."),
+    "seed": (
+        "Draws the training and dev examples; the test examples are the same for all."
+    ),
+    "f0": (
+        "The outputs of the model before any training, with a head fitted to the "
+        "training examples if it had none."
+    ),
+    "ratio": (
+        "Score of the kernel over that of fine-tuning, seed by seed, then averaged."
+    ),
+    "kappa": (
+        "Agreement beyond what the frequencies of the predicted classes make likely: "
+        "1 is equal predictions, 0 independent ones."
+    ),
+    "Kendall": (
+        "Rank correlation tau-b of the margins of the correct class: do both find "
+        "the same examples easy?"
+    ),
+    "surely": (
+        "The one-sided t-test over seeds that the true mean ratio is at most 0.9 has "
+        "p below 0.05."
+    ),
+    "S": (
+        "Kernel distance 1 - cosine of two kernels as vectors: 0 is the same kernel "
+        "up to a factor."
+    ),
+}
 PERCENT = Form(".1f", 100)
 POINTS = Form("+.1f", 1, "standard_error")
 
@@ -64,7 +119,7 @@ def tables(summary: Summary) -> list[Table]:
         be too wide.
     """
     return [
-        _table(f"{piece.title}, {part.title}: test score in %", piece)
+        terminal_table(f"{piece.title}, {part.title}: test score in %", piece)
         for part in parts(summary)
         for grid in (kernel_scores(part), tuned_scores(part))
         if grid.rows
@@ -81,41 +136,25 @@ def summary_lines(summary: Summary) -> list[str]:
     return [*_answers(summary), *_remarks(summary)]
 
 
-def markdown(summary: Summary) -> str:
-    """Return a report as Markdown: sentences, all tables, what was run.
+def report_page(summary: Summary) -> Page:
+    """Return what the report says.
 
     Args:
         summary: As `study_summary.collect` returns it.
     """
-    lines = [f"# {escape(_title(summary))}", "", QUESTION, ""]
-    lines += [f"- {escape(line)}" for line in summary_lines(summary)]
-    for part in parts(summary):
-        lines += ["", f"## {part.title}"]
-        for grid in grids(part):
-            lines += ["", f"### {escape(grid.title)}", "", escape(grid.caption), ""]
-            lines.append(markdown_table(grid))
-    lines += ["", "## What was run", ""]
-    lines += [f"- {escape(f'{key}: {flat(value)}')}" for key, value in _ran(summary)]
-    return "\n".join(lines) + "\n"
-
-
-def html(summary: Summary, figures: Mapping[str, str]) -> str:
-    """Return a report as one HTML page that needs nothing else.
-
-    Args:
-        summary: As `study_summary.collect` returns it.
-        figures: SVG by name, as `ntk.plots.to_svg` writes it.
-    """
-    return render(
-        "study.html.j2",
-        title=_title(summary),
+    models = ", ".join(summary["models"]) or "no records"
+    return Page(
+        title=f"Kernels against fine-tuning: {models}",
         question=QUESTION,
         answers=list(_answers(summary)),
         remarks=list(_remarks(summary)),
-        parts=[(part, grids(part), _of_part(part, figures)) for part in parts(summary)],
-        tasks=summary["tasks"],
-        ran=_ran(summary),
-        flat=flat,
+        sections=[
+            Section(part.title, part.name, grids(part), _figures(part))
+            for part in parts(summary)
+        ],
+        ran=[*what_ran(summary), *map(_task, summary["tasks"])],
+        captions=CAPTIONS,
+        words=WORDS,
     )
 
 
@@ -132,22 +171,8 @@ def write_study(summary: Summary, folder: Path) -> dict[str, Path]:
     Raises:
         StorageError: If the folder cannot be written to.
     """
-    page = lambda figures: html(summary, figures)
-    text = markdown(summary)
-    return write_files(folder, summary, text, draw_figures(summary), page)
-
-
-def _table(title: str, grid: Grid) -> Table:
-    result = Table(box=box.HORIZONTALS, padding=0, pad_edge=False, title=Text(title))
-    result.add_column(grid.columns[0], no_wrap=True)
-    for name in grid.columns[1:]:
-        result.add_column(Text(heading(name)), justify="right", no_wrap=True)
-    for row in grid.rows:
-        result.add_row(*map(Text, row))
-    result.add_section()
-    for row in grid.means:
-        result.add_row(*map(Text, row))
-    return result
+    page = report_page(summary)
+    return write_page(page, summary, draw_figures(summary), folder)
 
 
 def _answers(summary: Summary) -> Iterator[str]:
@@ -363,26 +388,15 @@ def _count(tasks: list[str]) -> str:
     return f"{len(tasks)} tasks" if len(tasks) > 1 else f"the task {tasks[0]}"
 
 
-def _of_part(part: Part, figures: Mapping[str, str]) -> dict[str, tuple[str, Markup]]:
-    """Return a part's figures, by what they show, with their names."""
-    found = {}
-    for what in ("scores", "scatter", "ratio", "growth", "change"):
-        for name in (f"{what}-{part.name}", f"{what}-{part.shots}"):
-            if name in figures:
-                found[what] = (name, Markup(inline_svg(figures[name], name)))
-                break
-    return found
+def _figures(part: Part) -> list[str]:
+    """Return the names of a part's figures; the change is the same for any kernel."""
+    of_kind = [f"{what}-{part.name}" for what in CAPTIONS if what != "change"]
+    return [*of_kind, f"change-{part.shots}"]
 
 
-def _ran(summary: Summary) -> list[tuple[str, Any]]:
-    return [
-        ("command", summary["command"]),
-        ("model", ", ".join(summary["models"])),
-        *summary["settings"].items(),
-    ]
-
-
-def _title(summary: Summary) -> str:
-    return (
-        f"Kernels against fine-tuning: {', '.join(summary['models']) or 'no records'}"
+def _task(row: Row) -> tuple[str, str]:
+    metric = row["metric"].replace("_", " ")
+    return f"task {row['task']}", (
+        f"{', '.join(row['labels'])}; {metric} on {row['test']:,} test examples; "
+        f"outputs: {row['readout']}"
     )

@@ -18,8 +18,7 @@ from ntk.ablation_plots import draw_figures
 from ntk.ablation_report import (
     QUESTION,
     collect,
-    html,
-    markdown,
+    report_page,
     summary_lines,
     tables,
     verdict,
@@ -27,6 +26,7 @@ from ntk.ablation_report import (
 )
 from ntk.plots import to_svg
 from ntk.study import Cell, Key
+from ntk.study_pages import html, markdown
 from ntk.study_summary import select
 
 COMMAND = "python -m ntk.ablate --tasks sst2 trec"
@@ -427,7 +427,7 @@ def test_tables_fit_a_terminal(summary):
 
 
 def test_markdown_has_every_table(summary):
-    text = markdown(summary)
+    text = markdown(report_page(summary))
     for title in (
         "Gain over random selection",
         "Gain by size: score",
@@ -450,7 +450,7 @@ def test_markdown_has_every_table(summary):
 
 def test_the_page_needs_nothing_else(summary):
     figures = {name: to_svg(figure) for name, figure in draw_figures(summary).items()}
-    text = html(summary, figures)
+    text = html(report_page(summary), figures)
     page = Page(text)
     assert QUESTION in page.words
     assert len(page.ids) == len(set(page.ids))
@@ -466,8 +466,8 @@ def test_the_page_needs_nothing_else(summary):
 def test_words_of_others_are_escaped(made):
     some = [(k, {**r, "model": "<b>model</b>|"}) for k, r in made]
     summary = collect(some, "python -m ntk.ablate '<script>'", SETTINGS)
-    assert "script" not in Page(html(summary, {})).tags
-    assert "<b>" not in markdown(summary)
+    assert "script" not in Page(html(report_page(summary), {})).tags
+    assert "<b>" not in markdown(report_page(summary))
 
 
 def test_every_figure_is_drawn(summary):

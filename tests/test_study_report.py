@@ -21,11 +21,11 @@ from ntk.study_comparison import _SCORES, _resamples, _terms, compare
 from ntk.study_figures import draw_figures
 from ntk.study_grids import KERNEL_OVER
 from ntk.study_order import order_of_subject, same_parameters
+from ntk.study_pages import html, markdown
 from ntk.study_plots import Point, plot_change, plot_scores, styles
 from ntk.study_report import (
     collect,
-    html,
-    markdown,
+    report_page,
     summary_lines,
     tables,
     write_study,
@@ -547,7 +547,7 @@ def test_a_regression_has_a_ratio_but_no_classes_to_agree_on():
     text = "\n".join(summary_lines(summary))
     assert "pearson for stsb" in text
     assert "predict the same class" not in text
-    Page(html(summary, {}))
+    Page(html(report_page(summary), {}))
 
 
 def test_records_of_other_test_examples_are_refused(records):
@@ -626,7 +626,7 @@ def test_wide_tables_are_parted_to_fit_a_terminal():
 
 
 def test_markdown_holds_every_table(summary):
-    text = markdown(summary)
+    text = markdown(report_page(summary))
     for part in parts(summary):
         for grid in grids(part):
             assert f"### {grid.title}" in text.replace("\\", "")
@@ -741,10 +741,10 @@ def test_a_page_escapes_every_text(records):
         }
         poisoned[Key(cell, key.kind, key.subject)] = record | texts
     summary = collect(list(poisoned.items()), "<script>", {"<script>": ["<script>"]})
-    page = Page(html(summary, {}))
+    page = Page(html(report_page(summary), {}))
     assert "script" not in page.tags
     assert "<script>" in page.words
-    assert "<script" not in markdown(summary)
+    assert "<script" not in markdown(report_page(summary))
 
 
 def test_no_records_at_all(tmp_path):
@@ -764,7 +764,7 @@ def test_only_kernels_or_only_fine_tuning(records):
         assert len(tables(summary)) == 1
         shown = {"scores-4", "change-4"} if tuning else {"scores-4", "growth-4"}
         assert set(draw_figures(summary)) == shown
-        Page(html(summary, {}))
+        Page(html(report_page(summary), {}))
 
 
 def test_fourteen_tasks_are_drawn_in_two_columns():
