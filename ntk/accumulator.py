@@ -84,3 +84,27 @@ class Accumulator:
             outputs = by_output.diagonal(dim1=1, dim2=3)
             same = outputs.diagonal(dim1=1, dim2=2).flatten(1)
         return same.sum(dim=1, dtype=torch.float64)
+
+
+def joined(
+    sums: Sequence[Accumulator], outputs: int, like: Tensor
+) -> dict[str, Tensor]:
+    """Return the Gram matrices of all left examples.
+
+    Args:
+        sums: Of groups of left examples, in their order.
+        outputs: How often each example stands on an axis of a Gram matrix.
+        like: A tensor on the device of the Gram matrices.
+
+    Returns:
+        For each space ``(c n, c m)`` or ``(n, m)`` in float64.
+    """
+    if len(sums) == 1:
+        return sums[0].grams(outputs, like)
+    groups = [each.grams(outputs, like) for each in sums]
+    found = {}
+    for space in sums[0].spaces:
+        # An output's examples are together on the left axis.
+        blocks = [group.pop(space).unflatten(0, (outputs, -1)) for group in groups]
+        found[space] = torch.cat(blocks, dim=1).flatten(0, 1)
+    return found

@@ -1,27 +1,32 @@
 """Passes that store features and factors, then contractions that add them up.
 
 What is stored for a parameter, and what is contracted together, is a `jobs.Job`; every
-Gram matrix is added to all spaces that hold its map.
+Gram matrix is added to all spaces that hold its map. The right examples stay stored; of
+the left ones beside them only as many at a time as `LEFT_BYTES` have room for.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ntk import coverage, passes
-from ntk.accumulator import Accumulator
+from ntk.accumulator import Accumulator, joined
 from ntk.contraction import Contraction, gram
 from ntk.coverage import Service, Verdict
 from ntk.factors import Factor, Vector
-from ntk.features import Features, Stored
+from ntk.features import Features, Stored, stored_bytes
 from ntk.function import Batch, NetworkFunction, batch_length
 from ntk.jacobian import Key, jacobian, products_kernel
 from ntk.jobs import Job, jobs
 from ntk.maps import Map, Maps
 from rocoft.console import Progress
+
+LEFT_BYTES = 2**31
+"""What features and factors of left examples may take, as those of right ones do."""
+
+Store = dict[Key, Stored]
 
 
 @dataclass
@@ -89,8 +94,6 @@ class Engine:
         self.progress = progress
         self.outputs = 1
         self.jobs = {job.key: job for job in jobs(maps)}
-        n, m = (sum(map(batch_length, side)) for side in (left, right))
-        self.sums = Accumulator(list(maps), n, m, traced=self.prefix)
         self.shapes = {n: p.shape for n, p in function.parameters.items()}
 
     def run(self, *, by_factors: bool) -> KernelResult:
@@ -110,12 +113,12 @@ class Engine:
         else:
             coverage.check_alone(self.function, sample)
             verdicts = dict.fromkeys(names, Verdict(Service.DEFINITION))
-        stored, others = self._store(verdicts)
-        self._contract(stored, others)
+        sums = self._accumulated(verdicts)
         served = {name: verdict.service for name, verdict in verdicts.items()}
         like = next(iter(self.function.parameters.values()))
-        grams = self.sums.grams(self.outputs if self.how.coupled else 1, like)
-        return KernelResult(grams, self.sums.traces(), self._sizes(), served)
+        outputs = self.outputs if self.how.coupled else 1
+        grams = joined(sums, outputs, like)
+        return KernelResult(grams, sums[0].traces(), self._sizes(), served)
 
     def run_products(self) -> KernelResult:
         """Compute every space's Gram matrix by NTK-vector products.
@@ -140,45 +143,66 @@ class Engine:
             for space, maps in self.maps.items()
         }
 
-    def _store(
-        self, verdicts: coverage.Verdicts
-    ) -> tuple[dict[Key, Stored], dict[Key, Stored]]:
-        """Run all passes over both sides; the same store if they share examples."""
-        sides = [self.left] if self.prefix else [self.left, self.right]
-        count = sum(map(batch_length, (b for side in sides for b in side)))
+    def _accumulated(self, verdicts: coverage.Verdicts) -> list[Accumulator]:
+        """Run all passes and contractions, one group of left examples after another."""
+        examples = sum(map(batch_length, self.right))
+        further = self.left[len(self.right) :] if self.prefix else self.left
         kinds = {v.service for v in verdicts.values()} - {Service.UNUSED}
-        counter = Counter("passes", count * max(1, len(kinds)), self.progress)
-        stores = []
-        for side in sides:
-            store: dict[Key, Stored] = {}
-            collect = partial(self._collector, side, store)
-            c = passes.run(self.function, side, verdicts, collect, counter)
-            self.outputs = c or self.outputs
-            names = {n for n, v in verdicts.items() if v.service is Service.DEFINITION}
-            if names:
-                rows = jacobian(self.function, side, self._maps_of(names), counter)
-                self.outputs = len(next(iter(rows.values())))
-                store.update(rows)
-            stores.append(store)
-        return stores[0], stores[-1]
+        total = examples + sum(map(batch_length, further))
+        counter = Counter("passes", total * max(1, len(kinds)), self.progress)
+        spaces = list(self.maps)
+        sums = []
+        square = Accumulator(spaces, examples, examples, traced=True)
+        # With one batch nothing has to wait for the others' gradients.
+        alone = self.prefix and not further and len(self.right) == 1
+        right = self._store(self.right, verdicts, counter, square if alone else None)
+        if self.prefix:
+            self._contract(square, right, right, last=not further)
+            sums.append(square)
+        groups = _groups(further, stored_bytes(right.values()) / examples)
+        for i, group in enumerate(groups):
+            left = self._store(group, verdicts, counter)
+            n = sum(map(batch_length, group))
+            sums.append(Accumulator(spaces, n, examples, traced=False))
+            self._contract(sums[-1], left, right, last=i == len(groups) - 1)
+        return sums
 
-    def _collector(
+    def _store(
         self,
         side: list[Batch],
-        store: dict[Key, Stored],
-        service: Service,
-        names: set[str],
-    ) -> Features:
-        # With one batch nothing has to wait for the others' gradients.
-        alone = self.prefix and len(side) == len(self.right) == 1
-        contract = lambda key, value: self._add(key, value, value)
-        return Features(
-            self._maps_of(names),
-            self.function.parameters,
-            sum(map(batch_length, side)),
-            store,
-            contract if alone and service is Service.BATCH else None,
-        )
+        verdicts: coverage.Verdicts,
+        counter: Counter,
+        sums: Accumulator | None = None,
+    ) -> Store:
+        """Run all passes over some batches; what can be contracted at once is not kept.
+
+        Args:
+            side: The batches.
+            verdicts: How parameters are served; corrected where a batch asks for it.
+            counter: Told of the examples.
+            sums: Where what is complete is contracted with itself, if it is at once.
+
+        Returns:
+            What was kept.
+        """
+        store: Store = {}
+
+        def collect(service: Service, names: set[str]) -> Features:
+            ready = None
+            if sums is not None and service is Service.BATCH:
+                ready = lambda key, value: self._add(sums, key, value, value)
+            n = sum(map(batch_length, side))
+            maps = self._maps_of(names)
+            return Features(maps, self.function.parameters, n, store, ready)
+
+        c = passes.run(self.function, side, verdicts, collect, counter)
+        self.outputs = c or self.outputs
+        names = {n for n, v in verdicts.items() if v.service is Service.DEFINITION}
+        if names:
+            rows = jacobian(self.function, side, self._maps_of(names), counter)
+            self.outputs = len(next(iter(rows.values())))
+            store.update(rows)
+        return store
 
     def _maps_of(self, names: set[str]) -> Maps:
         chosen: Maps = {}
@@ -187,40 +211,67 @@ class Engine:
                 chosen[job.name] = (*chosen.get(job.name, ()), job.stored)
         return chosen
 
-    def _contract(self, stored: dict[Key, Stored], others: dict[Key, Stored]) -> None:
-        """Contract what is stored."""
+    def _contract(
+        self, sums: Accumulator, left: Store, right: Store, *, last: bool
+    ) -> None:
+        """Contract what is stored of some left examples and of the right ones.
+
+        Args:
+            sums: Where the Gram matrices go.
+            left: Of the left examples; emptied.
+            right: Of the right examples; the same object if they are the same.
+            last: Whether this empties the right store as well.
+        """
         counter = Counter("contractions", len(self.jobs), self.progress)
+        take = (lambda store, key: store.pop(key, None)) if last else Store.get
         with torch.no_grad():
             for key in self.jobs:
-                left = stored.pop(key, None)
-                right = left if self.prefix else others.pop(key, None)
-                if left is not None and right is not None:
-                    self._add(key, left, right)
+                theirs = take(right, key)
+                ours = theirs if left is right else left.pop(key, None)
+                if ours is not None and theirs is not None:
+                    self._add(sums, key, ours, theirs)
                 counter(1)
 
-    def _add(self, key: Key, left: Stored, right: Stored) -> None:
+    def _add(self, sums: Accumulator, key: Key, left: Stored, right: Stored) -> None:
         """Add the Gram matrices of one job to the spaces that hold its maps."""
         job = self.jobs[key]
         maps, grams = self._grams(job, left, right)
-        self.sums.add(job.name, [job.members[each] for each in maps], grams)
+        sums.add(job.name, [job.members[each] for each in maps], grams)
 
     def _grams(
         self, job: Job, left: Stored, right: Stored
     ) -> tuple[Sequence[Map], Tensor]:
         """Return the Gram matrix of every map that the job serves."""
-        m = self.sums.m
-        if isinstance(left, Tensor) != isinstance(right, Tensor):
-            # One side never used the parameter and does not know that it is small.
-            left, right = _as_factors(left), _as_factors(right)
-        if not isinstance(left, Tensor):
-            assert not isinstance(right, Tensor)
-            if self.prefix:
-                right = right[: len(self.right) if len(left) == len(self.left) else m]
-            whole = gram(left, right, self.shapes[job.name], self.how)
-            return list(job.members), whole.expand(len(job.members), -1, -1)
-        assert isinstance(right, Tensor)
-        right = right if right.shape[1] == m else right[:, :m]
-        return job.grams(left, right, self.how)
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
+            return job.grams(left, right, self.how)
+        # One side alone may never have used the parameter, or not know it as small.
+        ours, theirs = _as_factors(left), _as_factors(right)
+        if left is right:
+            theirs = ours
+        whole = gram(ours, theirs, self.shapes[job.name], self.how)
+        return list(job.members), whole.expand(len(job.members), -1, -1)
+
+
+def _groups(batches: Sequence[Batch], size: float) -> list[list[Batch]]:
+    """Part batches into groups that are stored together.
+
+    Args:
+        batches: In their order.
+        size: Bytes that an example takes.
+
+    Returns:
+        Groups of at least one batch.
+    """
+    groups: list[list[Batch]] = []
+    used = 0.0
+    for batch in batches:
+        own = size * batch_length(batch)
+        if not groups or used + own > LEFT_BYTES:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(batch)
+        used += own
+    return groups
 
 
 def _as_factors(stored: Stored) -> list[list[Factor]]:

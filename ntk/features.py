@@ -5,7 +5,7 @@ model after another. A map's features are made of each at once; only the factors
 parameters that are wanted whole are kept.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -178,3 +178,26 @@ class Features:
         if all(isinstance(factor, Vector) for batch in uses for factor in batch):
             return torch.cat([dense(batch, shape) for batch in uses], dim=1)
         return uses
+
+
+def stored_bytes(stored: Iterable[Stored]) -> int:
+    """Return the memory that features and factors hold, in bytes.
+
+    Args:
+        stored: Of any parameters. What several of them share is counted once.
+    """
+    tensors = [t for each in stored for t in _tensors(each)]
+    held = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(held.values())
+
+
+def _tensors(stored: Stored) -> list[Tensor]:
+    if isinstance(stored, Tensor):
+        return [stored]
+    factors = [factor for batch in stored for factor in batch]
+    return [v for f in factors for field in vars(f).values() for v in _within(field)]
+
+
+def _within(value: object) -> list[Tensor]:
+    several = value if isinstance(value, tuple) else (value,)
+    return [each for each in several if isinstance(each, Tensor)]

@@ -8,6 +8,8 @@ from dense import assert_close
 from torch import nn
 from transformers import BatchEncoding
 
+from ntk import engine
+from ntk.function import batch_length
 from ntk.kernel import compute, empirical_ntk, gram_matrix, reduced
 from ntk.spaces import Columns, Full, LoRA, Rows
 
@@ -390,3 +392,33 @@ def test_verdicts_do_not_outlive_a_change_of_the_model():
         empirical_ntk(model, inputs),
         empirical_ntk(model, inputs, implementation="jacobian"),
     )
+
+
+@pytest.mark.parametrize("implementation", ["factors", "jacobian"])
+@pytest.mark.parametrize("reduce", ["full", "trace"])
+@pytest.mark.parametrize("name", BUILT)
+def test_left_examples_may_be_stored_a_few_at_a_time(
+    name, reduce, implementation, monkeypatch
+):
+    model, inputs = built(name, 6)
+    batches = [take(inputs, slice(i, j)) for i, j in ((0, 2), (2, 3), (3, 5), (5, 6))]
+    options = {"reduce": reduce, "implementation": implementation}
+    whole = compute(model, batches, 2, spaces=SPACES, **options)
+    other = compute(model, batches, batches[:2], spaces=SPACES, **options)
+    held, store = [], engine.Engine._store
+
+    def stored(self, side, *rest):
+        held.append(sum(map(batch_length, side)))
+        return store(self, side, *rest)
+
+    monkeypatch.setattr(engine.Engine, "_store", stored)
+    monkeypatch.setattr(engine, "LEFT_BYTES", 1)
+    found = compute(model, batches, 2, spaces=SPACES, **options)
+    assert held == [3, 2, 1]
+    apart = compute(model, batches, batches[:2], spaces=SPACES, **options)
+    assert held == [3, 2, 1, 3, 2, 1, 2, 1]
+    for space in SPACES:
+        assert found.traces[space] == pytest.approx(whole.traces[space], rel=1e-9)
+        assert_close(found.kernels[space], whole.kernels[space], of=space)
+        assert_close(apart.kernels[space], whole.kernels[space], of=space)
+        assert_close(other.kernels[space], whole.kernels[space], of=space)
