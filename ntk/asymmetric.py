@@ -23,20 +23,19 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import accuracy_score
 from sklearn.utils import check_array
 
-from ntk.classifiers import (
-    ALPHAS,
-    CS,
+from ntk.classifiers import ALPHAS, CS
+from ntk.kernel_classifier import (
     KERNEL,
     TIE,
     Array,
+    KernelClassifier,
     Labels,
     Maybe,
+    RidgeClassifier,
     Solution,
-    _decide,
-    _grid,
-    _KernelClassifier,
-    _margin,
-    _RidgeClassifier,
+    decide,
+    margin,
+    regularisations,
 )
 from ntk.spectrum import FLOAT64_EPS
 
@@ -82,14 +81,14 @@ def ridge_solution(gram: Array, targets: Array, ridge: float) -> Array:
     return np.asarray(solution)
 
 
-class _AsymmetricClassifier(_KernelClassifier):
+class _AsymmetricClassifier(KernelClassifier):
     """What the classifiers share: K need be neither symmetric nor semi-definite."""
 
     def _checked(self, gram: Array) -> Array:
         return gram
 
 
-class AsymmetricRidgeClassifier(_AsymmetricClassifier, _RidgeClassifier):
+class AsymmetricRidgeClassifier(_AsymmetricClassifier, RidgeClassifier):
     """Ridge regression on class indicators with an asymmetric kernel.
 
     Solves (K + alpha scale_ I) a = r and predicts K(x, train) a, with targets, r and
@@ -198,13 +197,13 @@ class AsymmetricLSSVC(_AsymmetricClassifier):
         Returns:
             ``(m,)`` margins f[1] - f[0] for two classes, else ``(m, c)``.
         """
-        return _margin(self._mixed(K, offset, flipped))
+        return margin(self._mixed(K, offset, flipped))
 
     def predict(
         self, K: ArrayLike, offset: Maybe = None, flipped: Maybe = None
     ) -> NDArray[np.generic]:
         """Return ``(m,)`` classes of the largest output, see `decision_function`."""
-        index = _decide(self._mixed(K, offset, flipped))
+        index = decide(self._mixed(K, offset, flipped))
         return np.asarray(self.classes_[index])
 
     def score(
@@ -220,7 +219,7 @@ class AsymmetricLSSVC(_AsymmetricClassifier):
         return float(accuracy_score(y, predicted, sample_weight=sample_weight))
 
     def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
-        gammas, w, o = _grid(self, "gamma"), self.weight, self.n_outputs_
+        gammas, w, o = regularisations(self, "gamma"), self.weight, self.n_outputs_
         if self.kernel_ndim_ > 2:
             raise ValueError(
                 f"`K` has {self.kernel_ndim_} axes; expected (n, n). Reduce a block "
@@ -253,7 +252,7 @@ class AsymmetricLSSVC(_AsymmetricClassifier):
         best = int(np.argmax(errors <= errors.min() * TIE))
         residual, self.target_coef_, self.dual_coef_ = results[best]
         self.gamma_, self.loo_error_ = gammas[best], float(errors[best])
-        self.loo_accuracy_ = float((_decide(targets - residual) == labels).mean())
+        self.loo_accuracy_ = float((decide(targets - residual) == labels).mean())
         self.intercept_ = np.zeros(o)
 
     def _mixed(self, K: ArrayLike, offset: Maybe, flipped: Maybe) -> Array:

@@ -28,10 +28,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ntk.classifiers import _logistic_path
 from ntk.function import Batch, Inputs, to_batches
 from ntk.kernel import empirical_ntk, gram_matrix
 from ntk.linearize import LinearizedModel
+from ntk.logistic import logistic_path
 from ntk.spectrum import Array, eigensystem, numerical_rank
 
 __all__ = ["Averaging", "ClosedForm", "Solution", "loss_scale"]
@@ -259,7 +259,7 @@ class ClosedForm:
         y = self._labels(labels, classes)
         root = np.sqrt(self.eigenvalues[: self._rank])
         features = (self._vectors[:, : self._rank] * root).reshape(n, c, -1)
-        (weights,) = _logistic_path(features, y, self.start, [rho / strength])
+        (weights,) = logistic_path(features, y, self.start, [rho / strength])
         dual = np.zeros(n * c)
         dual[: self._rank] = weights[:, 0] / root
         log_odds = np.zeros((n, classes))

@@ -30,16 +30,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 
 from ntk.asymmetric import ridge_solution
-from ntk.classifiers import (
-    ALPHAS,
-    CS,
-    TIE,
-    Array,
-    KernelLogisticRegression,
-    KernelSVC,
-    Maybe,
-)
+from ntk.classifiers import ALPHAS, CS, KernelLogisticRegression, KernelSVC
 from ntk.kernel import gram_matrix
+from ntk.kernel_classifier import TIE, Array, Maybe
 from ntk.spectrum import as_array, eigensystem
 
 __all__ = ["OFFSETS", "REGULARISATIONS", "Tuned", "tune"]
