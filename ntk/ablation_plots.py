@@ -1,7 +1,7 @@
 """An ablation's summary -> its figures.
 
-As in `ntk.plots` nothing global is touched. A strategy looks the same in all figures;
-random selection is black, and grey is its spread.
+A strategy looks the same in all figures; random selection is black, and grey is its
+spread.
 """
 
 import math
@@ -18,8 +18,17 @@ from matplotlib.patches import Patch
 from ntk.ablation import ALL, AXES, FULL, HEAD
 from ntk.ablation_gains import RANDOM
 from ntk.ablation_tables import TITLES, Part, parts, total
-from ntk.plots import COLOURS, DASHES, MARKERS, _figure, _floats, _name_rows, _plain
-from ntk.study_plots import LINE, _grid, legend_below
+from ntk.drawing import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    as_floats,
+    light_grid,
+    name_rows,
+    new_figure,
+    plain,
+)
+from ntk.study_plots import LINE, legend_below
 from ntk.study_scores import Row
 from ntk.study_summary import select
 
@@ -97,7 +106,7 @@ def plot_curves(
         strategy = row["strategy"]
         colour, marker, dashes = LOOKS[strategy]
         x = np.array([place[count] for count in row["counts"]])
-        y = 100 * _floats(row[measure]["mean"])
+        y = 100 * as_floats(row[measure]["mean"])
         ax.plot(
             x,
             y,
@@ -110,7 +119,7 @@ def plot_curves(
             zorder=4 if strategy == RANDOM else 3,
         )
         if strategy == RANDOM:
-            spread = 100 * _floats(row[measure]["deviation"])
+            spread = 100 * as_floats(row[measure]["deviation"])
             ax.fill_between(
                 x, y - spread, y + spread, color=BAND, linewidth=0, zorder=0
             )
@@ -119,7 +128,7 @@ def plot_curves(
     ends = [*map(str, counts), *([ALL] if whole is not None else [])]
     ax.set_xticks(range(len(ends)), ends)
     ax.set_xlim(-0.4, len(ends) - 0.6)
-    _grid(ax)
+    light_grid(ax)
     return ax
 
 
@@ -156,7 +165,7 @@ def plot_gains(rows: Sequence[Row], ax: Axes) -> Axes:
             label=axis,
             zorder=3,
         )
-    _name_rows(ax, strategies)
+    name_rows(ax, strategies)
     ax.spines[["top", "right", "left"]].set_visible(False)
     return ax
 
@@ -164,7 +173,7 @@ def plot_gains(rows: Sequence[Row], ax: Axes) -> Axes:
 def _draw_gains(part: Part) -> Figure:
     rows = part.rows("gains", task=None)
     strategies = {row["strategy"] for row in rows}
-    figure = _figure(9.6, 1.5 + 0.42 * len(strategies))
+    figure = new_figure(9.6, 1.5 + 0.42 * len(strategies))
     panels = figure.subplots(1, len(GAINS), sharey=True)
     for ax, measure in zip(panels, GAINS, strict=True):
         plot_gains([r for r in select(rows, measure=measure) if r["axis"]], ax)
@@ -187,7 +196,7 @@ def _draw_curves(part: Part, measure: str) -> Figure:
     if len(columns) > TASKS:
         columns = [part.tasks]
     # Narrower than this the legend is cut.
-    figure = _figure(max(7.0, 1.6 + 2.9 * len(columns)), 0.9 + 2.2 * len(axes))
+    figure = new_figure(max(7.0, 1.6 + 2.9 * len(columns)), 0.9 + 2.2 * len(axes))
     panels = figure.subplots(
         len(axes), len(columns), squeeze=False, sharex=True, sharey="col"
     )
@@ -206,7 +215,7 @@ def _draw_curves(part: Part, measure: str) -> Figure:
             if i == 0:
                 several = f"mean of {len(tasks)} tasks"
                 ax.set_title(
-                    _plain(tasks[0]) if len(tasks) == 1 else several, fontsize=10
+                    plain(tasks[0]) if len(tasks) == 1 else several, fontsize=10
                 )
             if j == 0:
                 what = "distance" if measure == "rescaled" else "test score"
@@ -238,7 +247,7 @@ def _averaged(rows: Sequence[Row], measure: str) -> list[Row]:
         longest = max((row["counts"] for row in own), key=len)
         own = [row for row in own if row["counts"] == longest]
         mean, deviation = (
-            np.mean([_floats(row[measure][key]) for row in own], axis=0).tolist()
+            np.mean([as_floats(row[measure][key]) for row in own], axis=0).tolist()
             for key in ("mean", "deviation")
         )
         curve = {"mean": mean, "deviation": deviation}
@@ -256,17 +265,17 @@ def _draw_variance(part: Part) -> Figure:
     """Return the error of random selections and its expectation, by axis."""
     found = part.rows("variance")
     axes = [axis for axis in AXES if select(found, axis=axis)]
-    figure = _figure(max(6.0, 1.4 + 3.7 * len(axes)), 3.7)
+    figure = new_figure(max(6.0, 1.4 + 3.7 * len(axes)), 3.7)
     panels = figure.subplots(1, len(axes), squeeze=False)[0]
     for ax, axis in zip(panels, axes, strict=True):
         for i, task in enumerate(part.tasks):
             rows = select(found, axis=axis, task=task)
             colour, marker = COLOURS[1 + i % 7], MARKERS[i % len(MARKERS)]
             counts = [row["count"] for row in rows]
-            expected = np.sqrt(_floats([row["expected"] for row in rows]))
+            expected = np.sqrt(as_floats([row["expected"] for row in rows]))
             ax.plot(counts, 100 * expected, color=colour, linewidth=1.4, zorder=2)
-            mean = _floats([row["measured"]["mean"] for row in rows])
-            error = _floats([row["measured"]["standard_error"] for row in rows])
+            mean = as_floats([row["measured"]["mean"] for row in rows])
+            error = as_floats([row["measured"]["standard_error"] for row in rows])
             low, high = (np.sqrt(np.clip(mean + e, 0, None)) for e in (-error, error))
             middle = np.sqrt(mean)
             ax.errorbar(
@@ -277,7 +286,7 @@ def _draw_variance(part: Part) -> Figure:
                 color=colour,
                 markersize=5,
                 elinewidth=1.0,
-                label=_plain(task),
+                label=plain(task),
                 zorder=3,
             )
         ax.set(xscale="log", yscale="log", title=axis)
@@ -288,7 +297,7 @@ def _draw_variance(part: Part) -> Figure:
         ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-        _grid(ax)
+        light_grid(ax)
     panels[0].set_ylabel("root mean squared error (%)")
     handles, _ = panels[0].get_legend_handles_labels()
     line = Line2D([], [], color=LINE, linewidth=1.4, label="expected")
@@ -310,7 +319,7 @@ def _draw_origins(part: Part) -> Figure:
             for kind in kinds
         ]
     )
-    figure = _figure(2.6 + 0.62 * len(layers) + 2.6, 1.6 + 0.36 * len(kinds))
+    figure = new_figure(2.6 + 0.62 * len(layers) + 2.6, 1.6 + 0.36 * len(kinds))
     grid = figure.add_gridspec(1, 2, width_ratios=[0.62 * len(layers), 2.6])
     ax = figure.add_subplot(grid[0])
     values = np.ma.masked_invalid(100 * shares)
@@ -323,7 +332,7 @@ def _draw_origins(part: Part) -> Figure:
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
     short = [layer.removeprefix("layer ") for layer in layers]
     ax.set_xticks(range(len(layers)), short, rotation=45, ha="right")
-    ax.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds])
+    ax.set_yticks(range(len(kinds)), [plain(kind) for kind in kinds])
     ax.tick_params(length=0)
     ax.set_title("share of the full kernel's trace (%) by layer", fontsize=10)
     bars = figure.add_subplot(grid[1])
@@ -335,7 +344,7 @@ def _draw_origins(part: Part) -> Figure:
     of_size = [100 * total(origins[0]["share"], "kind", kind) for kind in kinds]
     bars.barh(places - 0.18, of_trace, height=0.34, color=BLUE, label="trace")
     bars.barh(places + 0.18, of_size, height=0.34, color=ORANGE, label="parameters")
-    _name_rows(bars, kinds)
+    name_rows(bars, kinds)
     bars.set_yticklabels([])
     bars.set_title("of all (%)", fontsize=10)
     bars.spines[["top", "right"]].set_visible(False)

@@ -1,16 +1,12 @@
-"""Figures of an evaluation: given numbers on given axes. The only matplotlib user.
+"""Figures of an evaluation: given numbers on given axes.
 
-Nothing global is touched: figures are made without pyplot, and what has no data is
-left out. Curves and kernels are drawn in the order given; of more than `STYLED` curves,
-the rest are thin and grey, so that the first ones stay readable.
+What has no data is left out. Curves and kernels are drawn in the order given; of more
+than `STYLED` curves, the rest are thin and grey, so that the first ones stay readable.
 """
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from numbers import Real
 from typing import Any
 
 import matplotlib as mpl
@@ -19,34 +15,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from ntk.drawing import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    as_float,
+    as_floats,
+    name_rows,
+    new_figure,
+    plain,
+)
+
 STYLED = 8
 """The curves of one axes that get a colour and a dash pattern of their own."""
 
 PANELS = 8
 """The kernels that are drawn as heatmaps."""
 
-# Okabe and Ito (2008), without the yellow that a white ground swallows.
-COLOURS = (
-    "#000000",
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-    "#7F7F7F",
-)
-DASHES = (
-    "-",
-    (0, (6, 2)),
-    (0, (2, 1.5)),
-    (0, (7, 2, 1.5, 2)),
-    (0, (4, 1.5, 1, 1.5, 1, 1.5)),
-    (0, (9, 3)),
-    (0, (1, 1)),
-    (0, (3, 3)),
-)
-MARKERS = "osD^vPX*"
 OTHERS = "#c4c4c4"
 BLOCKS = {"embeddings": "#E69F00", "head": "#D55E00", "other": "#9a9a9a"}
 """Colours of what is not a layer of the transformer's body."""
@@ -67,7 +52,7 @@ def plot_spectrum(eigenvalues: Mapping[str, Sequence[float]], ax: Axes) -> Axes:
     """
     curves = {}
     for name, given in eigenvalues.items():
-        values = _floats(given)
+        values = as_floats(given)
         total = np.nansum(values)
         if total > 0:
             curves[name] = np.where(values > 0, values, np.nan) / total
@@ -87,7 +72,7 @@ def plot_cumulative_power(power: Mapping[str, Sequence[float]], ax: Axes) -> Axe
     Returns:
         The same axes.
     """
-    _draw_curves({name: _floats(values) for name, values in power.items()}, ax)
+    _draw_curves({name: as_floats(values) for name, values in power.items()}, ax)
     ax.set(
         ylim=(0, 1.03),
         xlabel="number of leading eigenvectors",
@@ -120,7 +105,7 @@ def plot_heatmap(
     ax.set(xticks=[], yticks=[])
     if len(runs) <= 10:
         middles = [end - (n + 1) / 2 for end, (_, n) in zip(ends, runs, strict=True)]
-        names = [_plain(str(label)) for label, _ in runs]
+        names = [plain(str(label)) for label, _ in runs]
         ax.set_yticks(middles, names, rotation=90, va="center", fontsize=8)
         ax.set_xticks(middles, names, fontsize=8)
         ax.tick_params(length=0)
@@ -162,11 +147,11 @@ def plot_layer_shares(shares: Mapping[str, Mapping[str, float]], ax: Axes) -> Ax
             edgecolor="white",
             linewidth=0.4,
             hatch="///" if layer in BLOCKS else None,
-            label=_plain(layer),
+            label=plain(layer),
         )
         left += width
     ax.set(xlim=(0, 100), xlabel="share of the kernel's trace (%)")
-    _name_rows(ax, list(values))
+    name_rows(ax, list(values))
     ax.spines[["top", "right", "left"]].set_visible(False)
     if used:
         _legend(ax, columns=1 + (len(used) - 1) // max(14, len(values)))
@@ -195,7 +180,7 @@ def plot_accuracy(
     spaces = accuracies.values()
     kinds = list(dict.fromkeys(k for v in spaces for k in v if _finite(v[k])))
     for i, kind in enumerate(kinds):
-        values = _floats([space.get(kind) for space in spaces])
+        values = as_floats([space.get(kind) for space in spaces])
         known = np.flatnonzero(np.isfinite(values))
         p = np.clip(values[known], 0, 1)
         ax.errorbar(
@@ -206,22 +191,22 @@ def plot_accuracy(
             color=COLOURS[(i + 1) % len(COLOURS)],
             markersize=5,
             elinewidth=0.9,
-            label=_plain(kind),
+            label=plain(kind),
         )
     for i, (name, level) in enumerate((levels or {}).items()):
         if _finite(level):
             style: Any = DASHES[(i + 1) % len(DASHES)]
             ax.axvline(
-                100 * _float(level),
+                100 * as_float(level),
                 color=("#555555", "#999999")[i % 2],
                 linestyle=style,
                 linewidth=1.4,
-                label=_plain(name),
+                label=plain(name),
                 zorder=0,
             )
     unit = "test accuracy (%)"
     ax.set(xlabel=f"{unit}, bars: one standard error" if examples else unit)
-    _name_rows(ax, list(accuracies))
+    name_rows(ax, list(accuracies))
     for row in range(0, len(accuracies), 2):
         ax.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", linewidth=0, zorder=-1)
     ax.spines[["top", "right", "left"]].set_visible(False)
@@ -247,10 +232,10 @@ def draw_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
 
     figures = {}
     if eigenvalues := collect("eigenvalues"):
-        figures["spectra"] = figure = _figure(8.0, 4.2)
+        figures["spectra"] = figure = new_figure(8.0, 4.2)
         plot_spectrum(eigenvalues, figure.subplots())
     if power := collect("cumulative_power"):
-        figures["power"] = figure = _figure(8.0, 4.2)
+        figures["power"] = figure = new_figure(8.0, 4.2)
         plot_cumulative_power(power, figure.subplots())
     heatmap = record.get("heatmap") or {}
     if kernels := heatmap.get("kernels"):
@@ -262,11 +247,11 @@ def draw_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
             titled, [_class_name(i, classes) for i in heatmap.get("labels") or []]
         )
     if shares := collect("trace_by_layer"):
-        figures["layers"] = figure = _figure(8.0, max(3.2, 1.2 + 0.32 * len(shares)))
+        figures["layers"] = figure = new_figure(8.0, max(3.2, 1.2 + 0.32 * len(shares)))
         plot_layer_shares(shares, figure.subplots())
     if accuracies := _accuracies(collect("classifiers")):
         height = max(2.6, 1.1 + 0.42 * len(accuracies))
-        figures["accuracy"] = figure = _figure(8.0, height)
+        figures["accuracy"] = figure = new_figure(8.0, height)
         shuffled = ((record.get("shuffled") or {}).get("ridge") or {}).get("mean")
         plot_accuracy(
             accuracies,
@@ -280,43 +265,17 @@ def draw_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     return figures
 
 
-def to_svg(figure: Figure) -> str:
-    """Return a figure as SVG: the same text for the same numbers, text as text."""
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    file = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "ntk", "svg.fonttype": "none"}):
-        figure.savefig(file, format="svg", metadata=nothing)
-    return file.getvalue()
-
-
-def to_png(figure: Figure) -> bytes:
-    """Return a figure as PNG at 150 dots per inch."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return file.getvalue()
-
-
-def inline_svg(svg: str, name: str) -> str:
-    """Return an SVG to stand in a page beside others, its ids begun with a name."""
-    svg = svg[max(svg.find("<svg"), 0) :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    # Its rule for every element would be one for the whole page.
-    svg = re.sub(r"(<style[^>]*>)\s*\*", rf"\1#figure-{name} svg *", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
-
-
 def _draw_heatmaps(kernels: Mapping[str, Any], labels: Sequence[object]) -> Figure:
     """Return a figure of the first `PANELS` kernels on one colour scale."""
     shown = list(kernels.items())[:PANELS]
     columns = min(len(shown), 3 if len(shown) in {5, 6} else 4)
     rows = math.ceil(len(shown) / columns)
-    figure = _figure(max(4.0, 2.4 * columns + 0.9), 2.5 * rows + 0.4)
+    figure = new_figure(max(4.0, 2.4 * columns + 0.9), 2.5 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     images: list[AxesImage] = []
     for ax, (name, kernel) in zip(panels, shown, strict=False):
         images += plot_heatmap(kernel, labels, ax).images
-        ax.set_title(_plain(name), fontsize=9)
+        ax.set_title(plain(name), fontsize=9)
     for ax in panels[len(shown) :]:
         ax.remove()
     used = list(panels[: len(shown)])
@@ -340,7 +299,7 @@ def _draw_curves(curves: Mapping[str, Any], ax: Axes) -> None:
                 color=COLOURS[i],
                 linestyle=style,
                 linewidth=1.7,
-                label=_plain(name),
+                label=plain(name),
                 zorder=2 + STYLED - i,
             )
         else:
@@ -366,19 +325,6 @@ def _legend(ax: Axes, columns: int = 1) -> None:
         ncols=columns,
         handlelength=3.2,
     )
-
-
-def _name_rows(ax: Axes, names: Sequence[str]) -> None:
-    """Name the rows of horizontal bars, the first at the top."""
-    ax.set_yticks(range(len(names)), [_plain(name) for name in names])
-    ax.tick_params(axis="y", length=0)
-    ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
-    ax.grid(axis="x", color="#e0e0e0", linewidth=0.6)
-    ax.set_axisbelow(True)
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def _role(space: Mapping[str, Any]) -> int:
@@ -408,25 +354,11 @@ def _accuracies(
     for space, results in classifiers.items():
         kinds = [k for k in CLASSIFIERS if k in results]
         kinds += [k for k in results if k not in CLASSIFIERS]
-        values = {k: _float((results[k] or {}).get("accuracy")) for k in kinds}
+        values = {k: as_float((results[k] or {}).get("accuracy")) for k in kinds}
         if any(map(_finite, values.values())):
             found[space] = values
     return found
 
 
-def _float(value: object) -> float:
-    return float(value) if isinstance(value, Real) else math.nan
-
-
 def _finite(value: object) -> bool:
-    return math.isfinite(_float(value))
-
-
-def _floats(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([_float(value) for value in values])
-
-
-def _plain(text: str) -> str:
-    """Return text that matplotlib does not read as mathematics or hide."""
-    text = text if len(text) <= 34 else f"{text[:33]}…"
-    return text.replace("$", r"\$").lstrip("_")
+    return math.isfinite(as_float(value))

@@ -20,7 +20,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ntk.plots import CLASSIFIERS, draw_figures, inline_svg, to_png, to_svg
+from ntk.drawing import inline_svg, to_png, to_svg
+from ntk.plots import CLASSIFIERS, draw_figures
 from ntk.storage import StorageError, finite, write_text
 
 Record = Mapping[str, Any]
@@ -167,7 +168,7 @@ def html(record: Record, figures: Mapping[str, str]) -> str:
 
     Args:
         record: Of one evaluation.
-        figures: SVG by name, as `ntk.plots.to_svg` writes it.
+        figures: SVG by name, as `ntk.drawing.to_svg` writes it.
     """
     titles, body = rows(record)
     lines = summary_lines(record)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ntk.plots import _figure
+from ntk.drawing import new_figure
 from ntk.study_plots import (
     GREY,
     LINE,
@@ -81,7 +81,7 @@ def _draw_scatter(rows: Iterable[Row], looks: Styles) -> Figure | None:
             tuned[row["space"]][row["task"]] = Point(100 * row["tuned"])
     if not kernels:
         return None
-    figure = _figure(7.0, 6.6)
+    figure = new_figure(7.0, 6.6)
     plot_scatter(kernels, tuned, figure.subplots(), looks)
     legend_below(figure, {space: looks[space] for space in kernels})
     return figure
@@ -134,7 +134,7 @@ def _draw_growth(groups: Growth, looks: Styles) -> Figure | None:
         return None
     columns = min(3, len(groups))
     lines = math.ceil(len(groups) / columns)
-    figure = _figure(max(4.6, 2.9 * columns), 2.6 * lines + 0.8)
+    figure = new_figure(max(4.6, 2.9 * columns), 2.6 * lines + 0.8)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     for ax, (sizes, spaces) in zip(panels, groups.items(), strict=False):
         curves = {
@@ -159,7 +159,7 @@ def _draw_growth(groups: Growth, looks: Styles) -> Figure | None:
 def _draw_change(changes: Series, looks: Styles) -> Figure | None:
     if not changes:
         return None
-    figure = _figure(8.0, 0.9 + 0.5 * len(changes))
+    figure = new_figure(8.0, 0.9 + 0.5 * len(changes))
     plot_change(changes, figure.subplots(), looks)
     return figure
 
@@ -170,7 +170,9 @@ def _by_task(
     """Draw rows of tasks, in two columns on the same scale if they are many."""
     columns = 2 if len(tasks) > COLUMN else 1
     rows = math.ceil(len(tasks) / columns)
-    figure = _figure(8.0 if columns == 1 else 10.5, 1.2 + rows * (0.24 + 0.085 * lanes))
+    figure = new_figure(
+        8.0 if columns == 1 else 10.5, 1.2 + rows * (0.24 + 0.085 * lanes)
+    )
     panels = figure.subplots(1, columns, squeeze=False, sharex=True).ravel()
     for i, ax in enumerate(panels):
         own = tasks[i * rows : (i + 1) * rows]

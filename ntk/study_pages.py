@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ntk.plots import inline_svg
+from ntk.drawing import inline_svg
 from ntk.report import escape, flat, render, write_files
 from ntk.study_grids import Grid, heading, markdown_table
 
@@ -116,7 +116,7 @@ def html(page: Page, figures: Mapping[str, str]) -> str:
 
     Args:
         page: What it says.
-        figures: SVG by name, as `ntk.plots.to_svg` writes it.
+        figures: SVG by name, as `ntk.drawing.to_svg` writes it.
     """
     drawn = [
         [

@@ -1,7 +1,7 @@
 """Plots of a study: kernels against fine-tuning, by task; numbers on given axes.
 
-As in `ntk.plots` nothing global is touched. A space's colour is that of its family and
-its marker is its own; the method that trains the same parameters looks alike, but open.
+A space's colour is that of its family and its marker is its own; the method that trains
+the same parameters looks alike, but open.
 Legends are the figure's, see `legend_below`.
 """
 
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ntk.plots import COLOURS, _name_rows, _plain
+from ntk.drawing import COLOURS, light_grid, name_rows, plain
 from ntk.study_comparison import THRESHOLD
 from ntk.study_order import SAME_PARAMETERS, family, order_of_task
 
@@ -117,7 +117,7 @@ def plot_scatter(
     _name_beside(ax, places)
     ax.set_xlabel("fine-tuning the same parameters, test score (%)")
     ax.set_ylabel("kernel, test score (%)")
-    _grid(ax)
+    light_grid(ax)
     return ax
 
 
@@ -206,7 +206,7 @@ def plot_growth(
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.minorticks_off()
-    _grid(ax)
+    light_grid(ax)
     return ax
 
 
@@ -279,7 +279,7 @@ def marker(label: str, style: Style, *, filled: bool = True) -> Line2D:
         marker=style.marker,
         markerfacecolor=style.colour if filled else "white",
         linestyle="none",
-        label=_plain(label),
+        label=plain(label),
     )
 
 
@@ -322,16 +322,10 @@ def _lane(name: str, lanes: Sequence[str]) -> float:
 
 def _rows(ax: Axes, names: Sequence[str]) -> None:
     """Name the rows and part them by shades."""
-    _name_rows(ax, names)
+    name_rows(ax, names)
     for row in range(0, len(names), 2):
         ax.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", linewidth=0, zorder=-1)
     ax.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _grid(ax: Axes) -> None:
-    ax.grid(color="#e6e6e6", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _name_beside(ax: Axes, places: Mapping[str, tuple[float, float]]) -> None:
@@ -349,7 +343,7 @@ def _name_beside(ax: Axes, places: Mapping[str, tuple[float, float]]) -> None:
         limit = heights[i] - gap
     for (name, place), height in zip(ordered, heights, strict=True):
         ax.annotate(
-            _plain(name),
+            plain(name),
             xy=place,
             xytext=(1.03, height),
             textcoords=("axes fraction", "data"),

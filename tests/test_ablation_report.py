@@ -24,7 +24,7 @@ from ntk.ablation_report import (
     verdict,
     write_ablation,
 )
-from ntk.plots import to_svg
+from ntk.drawing import to_svg
 from ntk.study import Cell, Key
 from ntk.study_pages import html, markdown
 from ntk.study_summary import select

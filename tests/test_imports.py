@@ -18,11 +18,12 @@ function maps spaces resolution notation factors positions contraction rules cap
 coverage passes jacobian features jobs accumulator engine kernel calibration
 certificate storage spectrum distance risk bounds agreement sampling evolution
 layerwise layer_selection kernel_classifier logistic classifiers asymmetric tuning
-linearize closed_form closeness closeness_bounds evaluation plots report options
+linearize closed_form closeness closeness_bounds evaluation drawing plots report options
 compare study fewshot study_options study_command study_order study_scores
-study_comparison study_summary study_grids study_tables study_plots study_figures study_pages study_report evaluate_options
-evaluate chunks selection_variance ablation ablation_gains ablation_summary
-ablation_tables ablation_plots ablation_report ablation_options ablate
+study_comparison study_summary study_grids study_tables study_plots study_figures
+study_pages study_report evaluate_options evaluate chunks selection_variance
+ablation ablation_gains ablation_summary ablation_tables ablation_plots
+ablation_report ablation_options ablate
 """
 ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}
 FILES = [

@@ -3,18 +3,16 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from ntk.drawing import inline_svg, to_png, to_svg
 from ntk.plots import (
     PANELS,
     STYLED,
     draw_figures,
-    inline_svg,
     plot_accuracy,
     plot_cumulative_power,
     plot_heatmap,
     plot_layer_shares,
     plot_spectrum,
-    to_png,
-    to_svg,
 )
 
 NAN = float("nan")

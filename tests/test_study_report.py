@@ -14,7 +14,7 @@ from rich.console import Console
 from test_report import Page
 
 from ntk.agreement import agreement, bootstrap_difference, kappa, margin_correlation
-from ntk.plots import to_png
+from ntk.drawing import to_png
 from ntk.storage import StorageError
 from ntk.study import Cell, Key, Study
 from ntk.study_comparison import _SCORES, _resamples, _terms, compare
