@@ -156,15 +156,18 @@ class Engine:
         # With one batch nothing has to wait for the others' gradients.
         alone = self.prefix and not further and len(self.right) == 1
         right = self._store(self.right, verdicts, counter, square if alone else None)
-        if self.prefix:
-            self._contract(square, right, right, last=not further)
-            sums.append(square)
         groups = _groups(further, stored_bytes(right.values()) / examples)
+        steps = len(self.jobs) * (len(groups) + self.prefix)
+        counted = Counter("contractions", steps, self.progress)
+        if self.prefix:
+            self._contract(square, right, right, counted, last=not further)
+            sums.append(square)
         for i, group in enumerate(groups):
             left = self._store(group, verdicts, counter)
             n = sum(map(batch_length, group))
             sums.append(Accumulator(spaces, n, examples, traced=False))
-            self._contract(sums[-1], left, right, last=i == len(groups) - 1)
+            last = i == len(groups) - 1
+            self._contract(sums[-1], left, right, counted, last=last)
         return sums
 
     def _store(
@@ -212,7 +215,13 @@ class Engine:
         return chosen
 
     def _contract(
-        self, sums: Accumulator, left: Store, right: Store, *, last: bool
+        self,
+        sums: Accumulator,
+        left: Store,
+        right: Store,
+        counter: Counter,
+        *,
+        last: bool,
     ) -> None:
         """Contract what is stored of some left examples and of the right ones.
 
@@ -220,9 +229,9 @@ class Engine:
             sums: Where the Gram matrices go.
             left: Of the left examples; emptied.
             right: Of the right examples; the same object if they are the same.
+            counter: Told of every job.
             last: Whether this empties the right store as well.
         """
-        counter = Counter("contractions", len(self.jobs), self.progress)
         take = (lambda store, key: store.pop(key, None)) if last else Store.get
         with torch.no_grad():
             for key in self.jobs:
