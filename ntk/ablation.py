@@ -22,20 +22,12 @@ from torch import Tensor
 from ntk import distance
 from ntk.calibration import calibrate
 from ntk.chunks import compute_in_chunks
-from ntk.evaluation import _where
 from ntk.evolution import EIGENSPACE, Pinned
-from ntk.fewshot import (
-    Array,
-    Protocol,
-    _description,
-    _Examples,
-    _flat,
-    _reduction,
-)
 from ntk.function import Batch
 from ntk.kernel import compute, gram_matrix
 from ntk.maps import Maps, Whole
 from ntk.notation import parse_space
+from ntk.protocol import Array, Examples, Protocol, description
 from ntk.selection_variance import expected_error, extreme_share, scatters
 from ntk.spaces import Columns, Full, Head, Rows, Space, Sum, Without
 from ntk.study import Cell, Record
@@ -179,7 +171,7 @@ def selection_records(
     """
     split = protocol.split(cell)
     backbone = protocol.backbone(split)
-    data = _Examples.of(backbone, split, protocol)
+    data = Examples.of(backbone, split, protocol)
     wanted = [*together, HEAD] if backbone.new_head else together
     result = compute_in_chunks(
         backbone.module,
@@ -187,7 +179,7 @@ def selection_records(
         data.train_batches,
         spaces=_spaces(backbone, wanted, data.batches[: data.train_batches]),
         entries=entries,
-        reduce=_reduction(data.f0.shape[1], protocol),
+        reduce=protocol.reduction(data.f0.shape[1]),
     )
     kernels = {name: data.sorted(kernel) for name, kernel in result.kernels.items()}
     head = kernels.get(HEAD)
@@ -237,8 +229,8 @@ def variance_records(
     split = protocol.split(cell)
     backbone = protocol.backbone(split)
     module = backbone.module
-    data = _Examples.of(backbone, replace(split, dev=(), test=()), protocol)
-    reduce = _reduction(data.f0.shape[1], protocol)
+    data = Examples.of(backbone, replace(split, dev=(), test=()), protocol)
+    reduce = protocol.reduction(data.f0.shape[1])
     kernels = compute_in_chunks(
         module,
         data.batches,
@@ -288,7 +280,7 @@ def origin_records(
     assert list(names) == [FULL]
     split = protocol.split(cell)
     backbone = protocol.backbone(split)
-    data = _Examples.of(backbone, replace(split, dev=(), test=()), protocol)
+    data = Examples.of(backbone, replace(split, dev=(), test=()), protocol)
     architecture = Architecture(backbone.module)
     origins = {name: origin(name, architecture) for name in architecture.parameters}
     spaces: dict[str, Space] = {FULL: Full()}
@@ -302,7 +294,7 @@ def origin_records(
         data.batches,
         data.train_batches,
         spaces=spaces,
-        reduce=_reduction(data.f0.shape[1], protocol),
+        reduce=protocol.reduction(data.f0.shape[1]),
     )
     full = gram_matrix(result.kernels.pop(FULL)).cpu().numpy()
     cosines: dict[str, dict[str, float | None]] = {"kind": {}, "layer": {}}
@@ -338,10 +330,10 @@ def origin(parameter: str, architecture: Architecture) -> tuple[str, str]:
     # The bias of a head or norm is of that first of all.
     for kind in reversed(OTHER_KINDS):
         if parameter in getattr(architecture, kind):
-            return kind, _where(parameter, architecture)
+            return kind, architecture.place(parameter)
     block = architecture.block(parameter)
     inside = parameter if block is None else parameter.partition(f".{block}.")[2]
-    return inside.rpartition(".")[0] or inside, _where(parameter, architecture)
+    return inside.rpartition(".")[0] or inside, architecture.place(parameter)
 
 
 def _spaces(
@@ -370,7 +362,7 @@ def _parts(space: Space) -> tuple[Space, ...]:
 
 def _described(name: str, backbone: Backbone, split: Split) -> Record:
     """Return what a record says of its model, split and selection."""
-    common = _description(backbone, split)
+    common = description(backbone, split)
     del common["labels"]
     if name in REFERENCES:
         return {**common, "space": name}
@@ -387,7 +379,7 @@ class _Look:
         head: That of a new head, None if there is none.
     """
 
-    data: _Examples
+    data: Examples
     full: Tensor
     head: Tensor | None
 
@@ -428,7 +420,7 @@ class _Look:
         n = self.data.train
         reference, gram = (gram_matrix(k[:n]).numpy() for k in (full, kernel))
         rank = min(EIGENSPACE, len(gram) - 1)
-        targets = _flat(self.data.targets(), gram)
+        targets = self.data.targets_of(gram)
         return {
             "distance": asdict(distance.summary(reference, gram, rank=rank)),
             "alignment": distance.alignment(gram, targets),

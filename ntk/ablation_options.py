@@ -13,8 +13,9 @@ from ntk.ablation import (
     selections,
     variance_records,
 )
-from ntk.fewshot import Protocol, fine_tuning_records
+from ntk.fewshot import fine_tuning_records
 from ntk.options import add_model_options, positive
+from ntk.protocol import Protocol
 from ntk.study import Cell, Key, Unit
 from ntk.study_options import (
     add_fine_tuning_options,

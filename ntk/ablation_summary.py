@@ -22,12 +22,11 @@ from ntk.ablation_gains import (
     measured,
     values_of,
 )
-from ntk.evaluation import _depth
-from ntk.storage import finite
 from ntk.study import Key, Record
 from ntk.study_order import order_of_subject, order_of_task
+from ntk.study_records import overview, rounded
 from ntk.study_scores import Row, points, spread
-from ntk.study_summary import _missing, _notes, _rounded
+from rocoft.architecture import order_of_place
 from rocoft.selection import STRATEGIES
 
 OWN_OUTPUTS = "own outputs"
@@ -61,19 +60,11 @@ def collect(
         kind: _by_split(by_kind[kind])
         for kind in ("selection", "variance", "origin", "finetune")
     }
-    missing, asked = _missing([key for key, _ in records], {key for key, _ in there})
     shots = sorted({key.cell.shots for key, _ in there})
     summary = {
-        "command": command,
-        "settings": dict(settings),
-        "models": sorted({record["model"] for _, record in there}),
+        **overview([key for key, _ in records], there, command, settings),
         "tasks": list(dict.fromkeys(key.cell.task for key, _ in there)),
         "metrics": {key.cell.task: record["metric"] for key, record in there},
-        "shots": shots,
-        "seeds": sorted({key.cell.seed for key, _ in there}),
-        "records": {"asked": asked, "there": len(there)},
-        "missing": missing,
-        "notes": _notes(there),
         "references": _references(groups["selection"]),
         "curves": _curves(groups["selection"]),
         "gains": [row for some in shots for row in gains(groups["selection"], some)],
@@ -82,7 +73,7 @@ def collect(
         "origins": _origins(groups["origin"]),
         "tuned": _tuned(groups["finetune"], groups["selection"]),
     }
-    return _rounded(finite(summary))
+    return rounded(summary)
 
 
 def _by_split(records: Iterable[tuple[Key, Record]]) -> Group:
@@ -246,7 +237,7 @@ def _origins(groups: Group) -> list[Row]:
         kinds = [kind for kind in found if kind not in OTHER_KINDS]
         kinds += [kind for kind in OTHER_KINDS if kind in found]
         parameters = {kind: found[kind] for kind in kinds}
-        layers = sorted(own[0]["cosine"]["layer"], key=_depth)
+        layers = sorted(own[0]["cosine"]["layer"], key=order_of_place)
         size = sum(sum(by.values()) for by in parameters.values())
         rows.append(
             {

@@ -3,15 +3,11 @@
 import argparse
 from dataclasses import replace
 
-from ntk.fewshot import (
-    Protocol,
-    fine_tuning_records,
-    kernel_records,
-    repeated_records,
-)
+from ntk.fewshot import fine_tuning_records, kernel_records, repeated_records
 from ntk.kernel import KINDS
 from ntk.notation import parse_space
 from ntk.options import add_model_options
+from ntk.protocol import Protocol
 from ntk.study import Key, Unit
 from ntk.study_options import (
     add_fine_tuning_options,

@@ -28,7 +28,7 @@ from ntk.engine import KernelResult
 from ntk.function import Batch, evaluating, logits
 from ntk.kernel import Implementation, Kind, compute, gram_matrix, reduced
 from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum, Without
-from rocoft.architecture import Architecture, SelectionError
+from rocoft.architecture import Architecture, SelectionError, order_of_place
 from rocoft.backbone import Backbone
 from rocoft.console import Progress
 from rocoft.splits import Split
@@ -294,7 +294,7 @@ def _entry(
     total = sum(p.numel() for p in architecture.parameters.values())
     layers: dict[str, float] = {}
     for parameter, trace in result.traces.get(name, {}).items():
-        where = _where(parameter, architecture)
+        where = architecture.place(parameter)
         layers[where] = layers.get(where, 0.0) + trace
     return {
         "name": space.name,
@@ -304,24 +304,9 @@ def _entry(
         "share": result.sizes[name] / total,
         "certificate": certificates.get(name),
         "trace_by_layer": dict(
-            sorted(layers.items(), key=lambda item: _depth(item[0]))
+            sorted(layers.items(), key=lambda item: order_of_place(item[0]))
         ),
     }
-
-
-def _where(parameter: str, architecture: Architecture) -> str:
-    if parameter in architecture.head:
-        return "head"
-    block = architecture.block(parameter)
-    if block is not None:
-        return f"layer {block}"
-    return "embeddings" if "embed" in parameter.lower() else "other"
-
-
-def _depth(where: str) -> tuple[int, int]:
-    if where.startswith("layer "):
-        return (1, int(where.removeprefix("layer ")))
-    return ({"embeddings": 0, "other": 2, "head": 3}[where], 0)
 
 
 class _Measure:

@@ -45,7 +45,7 @@ def jacobian(
         For each parameter and map ``(c, n, p)``.
     """
     keys = [(name, each) for name, several in maps.items() for each in several]
-    tangent = _Tangent(function, keys)
+    tangent = TangentFunction(function, keys)
     parts: dict[Key, list[Tensor]] = {key: [] for key in keys}
     mapped = True
     for batch in batches:
@@ -86,7 +86,7 @@ def products_kernel(
         ``(c n, c m)`` in float64, or ``(n, m)`` if not coupled.
     """
     keys = [(name, each) for name, several in maps.items() for each in several]
-    tangent = _Tangent(function, keys)
+    tangent = TangentFunction(function, keys)
     zero = tangent.zero()
     blocks = []
     for batch in right:
@@ -102,7 +102,7 @@ def products_kernel(
 
 
 def _kernel_columns(
-    tangent: "_Tangent",
+    tangent: "TangentFunction",
     zero: Coordinates,
     left: Sequence[Batch],
     one: Batch,
@@ -122,8 +122,13 @@ def _kernel_columns(
     return torch.stack(columns, dim=2)
 
 
-class _Tangent:
-    """The function of the coordinates, f(theta + S delta)."""
+class TangentFunction:
+    """The function of the coordinates, f(theta + S delta).
+
+    Args:
+        function: The model and its readout.
+        keys: Parameters and maps whose coordinates delta holds, in its order.
+    """
 
     def __init__(self, function: NetworkFunction, keys: Sequence[Key]) -> None:
         self.function = function
@@ -133,6 +138,7 @@ class _Tangent:
         }
 
     def zero(self) -> Coordinates:
+        """Return the coordinates of theta itself."""
         return {
             str(i): self.parameters[name].new_zeros(
                 each.size(self.parameters[name].shape)
@@ -141,13 +147,19 @@ class _Tangent:
         }
 
     def __call__(self, delta: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Return the outputs ``(n, c)`` of a batch at some coordinates."""
         moved = dict(self.parameters)
         for i, (name, each) in enumerate(self.keys):
             moved[name] = each.shift(moved[name], delta[str(i)])
         return self.function(batch, moved)
 
     def weighted(self, direction: Coordinates, how: Contraction) -> Coordinates:
-        """Apply the right transform and the coordinates' weights."""
+        """Return coordinates after the right transform, times their weights.
+
+        Args:
+            direction: Coordinates.
+            how: Of which the right transform is taken.
+        """
         result = {}
         for i, (_, each) in enumerate(self.keys):
             value = direction[str(i)]
@@ -157,7 +169,7 @@ class _Tangent:
         return result
 
 
-def _mapped(tangent: _Tangent, batch: Batch) -> Coordinates | None:
+def _mapped(tangent: TangentFunction, batch: Batch) -> Coordinates | None:
     """Return Jacobians ``(n, c, p)`` by vmap, None if the model cannot be mapped."""
     tensors: dict[str, Tensor] | Tensor
     if isinstance(batch, Tensor):
@@ -180,7 +192,7 @@ def _mapped(tangent: _Tangent, batch: Batch) -> Coordinates | None:
         return None
 
 
-def _looped(tangent: _Tangent, batch: Batch) -> Coordinates:
+def _looped(tangent: TangentFunction, batch: Batch) -> Coordinates:
     """Return Jacobians ``(n, c, p)`` with one backward pass an example and output."""
     rows: dict[str, list[Tensor]] = {}
     for i in range(batch_length(batch)):
@@ -201,7 +213,7 @@ def _looped(tangent: _Tangent, batch: Batch) -> Coordinates:
 
 
 def _pushed(
-    tangent: _Tangent, zero: Coordinates, direction: Coordinates, batch: Batch
+    tangent: TangentFunction, zero: Coordinates, direction: Coordinates, batch: Batch
 ) -> Tensor:
     """Return J direction, ``(n, c)``.
 

@@ -189,7 +189,7 @@ def compute(
         right = left[: len(to_batches(_first(inputs, other), device, batch_size))]
     else:
         right = to_batches(other, device, batch_size)
-    function = NetworkFunction(model, _reader(outputs, reduce))
+    function = NetworkFunction(model, reader(outputs, reduce))
     before, after = KINDS[kind]
     how = Contraction(before, after, coupled=reduce == "full")
     with evaluating(model):
@@ -283,7 +283,13 @@ def _first(inputs: Inputs, count: int) -> Inputs:
     return inputs[:count]
 
 
-def _reader(outputs: Readout | None, reduce: str) -> Readout | None:
+def reader(outputs: Readout | None, reduce: str) -> Readout | None:
+    """Return the readout whose kernel, summed over outputs, is the reduced one.
+
+    Args:
+        outputs: The readout of all outputs; None means the default one.
+        reduce: As in `empirical_ntk`.
+    """
     if reduce != "margin":
         return outputs
     return _Margin(outputs or logits)

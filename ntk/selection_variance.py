@@ -22,7 +22,7 @@ from ntk.chunks import PassSize, packed
 from ntk.features import Features, Stored
 from ntk.function import Batch, NetworkFunction, batch_length, evaluating
 from ntk.jacobian import Key, jacobian
-from ntk.kernel import Reduction, _reader
+from ntk.kernel import Reduction, reader
 from ntk.maps import InputSide, Map, Maps, Slices
 from ntk.spaces import Columns, Rows
 from rocoft.architecture import Architecture, LinearWeight, SelectionError
@@ -81,7 +81,7 @@ def scatters(
         + side**2 * (of.outputs if by_row else of.inputs)
         for name, of in weights.items()
     }
-    function = NetworkFunction(model, _reader(None, reduce))
+    function = NetworkFunction(model, reader(None, reduce))
     found = []
     with evaluating(model):
         verdicts = coverage.services(function, passes.sample(batches), weights)

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ntk.fewshot import Protocol
 from ntk.options import parse_options
+from ntk.protocol import Protocol
 from ntk.study import Key, Record, Study, Unit
 from ntk.study_options import protocol
 from rocoft.console import progress_bar, quiet_libraries

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ntk.fewshot import Protocol
 from ntk.options import positive
+from ntk.protocol import Protocol
 from ntk.study import Cell
 from rocoft.methods import parse_method
 from rocoft.tasks import HUB, TaskError

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from ntk.kernel import KINDS
-from ntk.storage import StorageError, finite
+from ntk.storage import StorageError
 from ntk.study import Key, Record
 from ntk.study_comparison import AGREEMENTS, agreement_of_seeds, compare
 from ntk.study_order import (
@@ -21,9 +21,9 @@ from ntk.study_order import (
     order_of_key,
     order_of_kind,
     order_of_subject,
-    order_of_task,
     same_parameters,
 )
+from ntk.study_records import overview, rounded
 from ntk.study_scores import (
     CLASSIFIERS,
     Row,
@@ -57,8 +57,6 @@ CHANGES = (
 
 FEW_ROWS = "rows:3"
 SIGNIFICANT = 0.05
-DIGITS = 6
-"""Significant ones, of every number of a summary."""
 
 
 def collect(
@@ -110,26 +108,18 @@ def collect(
         "comparisons": _comparisons(kernels, tuned),
     }
     over_tasks = _over_tasks(rows)
-    missing, asked = _missing([key for key, _ in records], {key for key, _ in there})
     summary = {
-        "command": command,
-        "settings": dict(settings),
-        "models": sorted({record["model"] for _, record in there}),
-        "seeds": sorted({key.cell.seed for key, _ in there}),
-        "shots": sorted({key.cell.shots for key, _ in there}),
+        **overview([key for key, _ in records], there, command, settings),
         "kinds": [kind for kind in KINDS if any(at[2] == kind for at in kernels)],
         "spaces": _subjects(kernels),
         "methods": _subjects(tuned),
-        "records": {"asked": asked, "there": len(there)},
-        "missing": missing,
-        "notes": _notes(there),
         "tasks": _tasks(there),
         "splits": _splits(there),
         **rows,
         "over_tasks": over_tasks,
         "answers": _answers(over_tasks),
     }
-    return _rounded(finite(summary))
+    return rounded(summary)
 
 
 def select(rows: Iterable[Row], **where: object) -> list[Row]:
@@ -365,18 +355,6 @@ def _splits(records: Sequence[tuple[Key, Record]]) -> list[Row]:
     return rows
 
 
-def _notes(records: Sequence[tuple[Key, Record]]) -> list[Row]:
-    """Return what splits and models have to say, and where."""
-    found: dict[str, dict[tuple[str, int], None]] = defaultdict(dict)
-    for key, record in records:
-        for note in record.get("notes") or []:
-            found[note][key.cell.task, key.cell.shots] = None
-    return [
-        {"note": note, "splits": [list(split) for split in splits]}
-        for note, splits in sorted(found.items())
-    ]
-
-
 def _growth(several: Sequence[Sequence[Record]]) -> list[Row]:
     """Return a measure at each number of examples, as means over seeds."""
     rows = []
@@ -394,28 +372,6 @@ def _growth(several: Sequence[Sequence[Record]]) -> list[Row]:
     return rows
 
 
-def _missing(keys: Sequence[Key], there: set[Key]) -> tuple[list[Row], int]:
-    """Return what is missing, and how many records there should be."""
-    done = {(k.cell.task, k.cell.shots, k.kind, k.subject, k.cell.seed) for k in there}
-    splits = sorted(
-        {(key.cell.task, key.cell.shots) for key in keys},
-        key=lambda split: (order_of_task(split[0]), split[1]),
-    )
-    subjects = sorted(
-        {(key.kind, key.subject) for key in keys},
-        key=lambda pair: (order_of_kind(pair[0]), order_of_subject(pair[1])),
-    )
-    seeds = sorted({key.cell.seed for key in keys})
-    rows = []
-    for task, shots in splits:
-        for kind, subject in subjects:
-            place = {"task": task, "shots": shots, "kind": kind, "subject": subject}
-            lacking = [seed for seed in seeds if (*place.values(), seed) not in done]
-            if lacking:
-                rows.append({**place, "seeds": lacking})
-    return rows, len(splits) * len(subjects) * len(seeds)
-
-
 def _check_examples(records: Iterable[tuple[Key, Record]]) -> None:
     """See that the records of each task are of the same test examples."""
     first: dict[str, tuple[Key, Record]] = {}
@@ -427,13 +383,3 @@ def _check_examples(records: Iterable[tuple[Key, Record]]) -> None:
                 f"examples of task {key.cell.task!r}: the data changed in between. "
                 "Remove the older ones, or begin another study with --name."
             )
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return value

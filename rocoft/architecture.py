@@ -148,6 +148,22 @@ class Architecture:
                 return int(part)
         return None
 
+    def place(self, name: str) -> str:
+        """Return where a parameter stands: a block, or what it belongs to beside them.
+
+        Args:
+            name: Of the parameter.
+
+        Returns:
+            ``"head"``, ``"layer 0"`` and so on, ``"embeddings"`` or ``"other"``.
+        """
+        if name in self.head:
+            return "head"
+        block = self.block(name)
+        if block is not None:
+            return f"layer {block}"
+        return "embeddings" if "embed" in name.lower() else "other"
+
     def _owned(self, wanted: Callable[[nn.Module], bool]) -> list[str]:
         owned = {
             id(parameter)
@@ -278,3 +294,14 @@ def _interleaved(
 def _consecutive(sizes: Sequence[int]) -> tuple[range, ...]:
     ends = [0, *accumulate(sizes)]
     return tuple(range(a, b) for a, b in pairwise(ends))
+
+
+def order_of_place(place: str) -> tuple[int, int]:
+    """Return what to sort places by, from the input to the output.
+
+    Args:
+        place: As `Architecture.place` names it.
+    """
+    if place.startswith("layer "):
+        return (1, int(place.removeprefix("layer ")))
+    return ({"embeddings": 0, "other": 2, "head": 3}[place], 0)

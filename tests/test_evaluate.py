@@ -14,9 +14,10 @@ import torch
 
 from ntk import evaluate
 from ntk.evaluate_options import build_evaluation_parser, units
-from ntk.fewshot import Protocol, fine_tuning_records, kernel_records
+from ntk.fewshot import fine_tuning_records, kernel_records
 from ntk.kernel import compute
 from ntk.options import parse_options
+from ntk.protocol import Protocol
 from ntk.spaces import Full, Head, Rows
 from ntk.study import Cell, Study
 from ntk.study_options import protocol

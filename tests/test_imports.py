@@ -10,28 +10,38 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROCOFT = """
 architecture selection tasks splits readouts backbone config functional slices layer
-model export metrics console files meter methods anchor checkpoints search trainer
-language sft options results train
+model export metrics console files meter methods anchor checkpoints search
+readout_trainer trainer language sft options results train
 """
 NTK = """
 function maps spaces resolution notation factors positions contraction rules capture
-coverage passes jacobian features jobs accumulator engine kernel calibration
-certificate storage spectrum distance risk bounds agreement sampling evolution
-layerwise layer_selection kernel_classifier logistic classifiers asymmetric tuning
+coverage passes jacobian features jobs accumulator engine kernel calibration certificate
+storage spectrum distance risk bounds agreement sampling evolution layerwise
+layer_budget layer_selection kernel_classifier logistic classifiers asymmetric tuning
 linearize closed_form closeness closeness_bounds evaluation drawing plots report options
-compare study fewshot study_options study_command study_order study_scores
-study_comparison study_summary study_grids study_tables study_plots study_figures
-study_pages study_report evaluate_options evaluate chunks selection_variance
-ablation ablation_gains ablation_summary ablation_tables ablation_plots
-ablation_report ablation_options ablate
+compare study protocol fewshot study_options study_command study_order study_scores
+study_records study_comparison study_summary study_grids study_tables study_plots
+study_figures study_pages study_report evaluate_options evaluate chunks
+selection_variance ablation ablation_gains ablation_summary ablation_tables
+ablation_plots ablation_report ablation_options ablate layers_records layers_subsets
+layers_predictors layers_correlation layers_summary layers_tables layers_plots
+layers_report layers_options layers linearization_training linearization
+linearization_summary linearization_tables linearization_plots linearization_report
+linearization_options linearize.__main__
 """
 ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}
 FILES = [
     pytest.param(package, path, id=f"{package}/{path.name}")
     for package in ORDER
     for path in sorted((ROOT / package).glob("**/*.py"))
-    if path.name != "__init__.py"
+    if path != ROOT / package / "__init__.py"
 ]
+
+
+def module(package, path):
+    """Return the name of a file's module within its package."""
+    parts = path.relative_to(ROOT / package).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def imported(source):
@@ -53,9 +63,9 @@ def test_imported_finds_imports_inside_functions():
 
 @pytest.mark.parametrize(("package", "path"), FILES)
 def test_file_imports_only_from_files_above_it(package, path):
-    assert path.parent == ROOT / package, f"{path} lies in a folder of its own"
-    assert path.stem in ORDER[package], f"{path} is not listed in ORDER"
-    above = ORDER[package][: ORDER[package].index(path.stem)]
+    name = module(package, path)
+    assert name in ORDER[package], f"{path} is not listed in ORDER"
+    above = ORDER[package][: ORDER[package].index(name)]
     for other, *rest in imported(path.read_text()):
         if other == package:
             assert rest, f"{path.name} imports its own package"

@@ -23,6 +23,7 @@ from ntk.study_grids import KERNEL_OVER
 from ntk.study_order import order_of_subject, same_parameters
 from ntk.study_pages import html, markdown
 from ntk.study_plots import Point, plot_change, plot_scores, styles
+from ntk.study_records import DIGITS
 from ntk.study_report import (
     collect,
     report_page,
@@ -30,7 +31,7 @@ from ntk.study_report import (
     tables,
     write_study,
 )
-from ntk.study_summary import DIGITS, select
+from ntk.study_summary import select
 from ntk.study_tables import grids, kernel_scores, parts, tuned_scores
 from rocoft.metrics import scores
 

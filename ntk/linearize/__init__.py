@@ -29,7 +29,7 @@ from ntk.function import (
     evaluating,
     to_batches,
 )
-from ntk.jacobian import Coordinates, Key, _Tangent
+from ntk.jacobian import Coordinates, Key, TangentFunction
 from ntk.maps import Slices, Whole
 from ntk.resolution import resolve
 from ntk.spaces import Space
@@ -282,9 +282,9 @@ class LinearizedModel(nn.Module):
             )
         return delta.detach().to(self.delta)
 
-    def _tangent(self) -> _Tangent:
+    def _tangent(self) -> TangentFunction:
         # Made anew each time, as the module may have been moved or cast.
-        return _Tangent(NetworkFunction(self.base, self.readout), self._keys)
+        return TangentFunction(NetworkFunction(self.base, self.readout), self._keys)
 
     def _scales(self) -> list[Tensor]:
         """Return the roots of the coordinates' weights in the kernel."""
@@ -363,7 +363,7 @@ def evaluated(
 
 
 def _differentiated_twice(
-    tangent: _Tangent, zero: Coordinates, direction: Coordinates, batch: Batch
+    tangent: TangentFunction, zero: Coordinates, direction: Coordinates, batch: Batch
 ) -> tuple[Tensor, Tensor]:
     """Return f0 and J direction where a function has no forward-mode derivative.
 
