@@ -70,11 +70,18 @@ def has_ended(checkpoint: str) -> bool:
     return stopped or state.global_step >= state.max_steps
 
 
-def take_best(trainer: Trainer, checkpoint: str) -> None:
-    """Put a Trainer where it was when training had ended, the best weights loaded."""
+def take(trainer: Trainer, checkpoint: str, *, best: bool) -> None:
+    """Put a Trainer where it was when training had ended.
+
+    Args:
+        trainer: To put there.
+        checkpoint: The last one of the training.
+        best: Whether to load the best weights on dev, not those of the checkpoint.
+    """
     place = Path(checkpoint)
-    trainer.state = TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
-    best = trainer.state.best_global_step
-    if best:
-        trainer.state.best_model_checkpoint = str(place.with_name(f"checkpoint-{best}"))
-        trainer._load_best_model()
+    trainer.state = state = TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
+    if best and not state.best_global_step:
+        return
+    name = f"checkpoint-{state.best_global_step}" if best else place.name
+    state.best_model_checkpoint = str(place.with_name(name))
+    trainer._load_best_model()

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,12 +39,15 @@ from rocoft.checkpoints import (
     has_ended,
     last_checkpoint,
     only_trained_is_saved,
-    take_best,
+    take,
 )
 from rocoft.console import Progress
 from rocoft.files import replacing, write_text
 from rocoft.meter import Meter, peak_memory, reset_peak_memory
 from rocoft.methods import trained_parameters
+
+Kept = Literal["best", "last"]
+"""Which weights of a training count: the best ones on dev, or those at its end."""
 
 LOGS = "logs"
 """Folder of the trackers' files, in that of the search."""
@@ -150,6 +153,7 @@ def search(
     seed: int,
     folder: Path,
     resume: bool,
+    keep: Kept = "best",
     progress: Progress | None = None,
 ) -> Found:
     """Train with each learning rate and take the best on dev, the first of equals.
@@ -159,11 +163,12 @@ def search(
         rates: Peak learning rates.
         arguments: Of the Trainer, over those of `PROTOCOL`.
         patience: Evaluations without a new best after which training stops; None
-            trains to the end. Either way the best checkpoint counts.
+            trains to the end.
         seed: Of initialisation, order of the examples and dropout.
         folder: For checkpoints, what is finished, and logs. An earlier search in it
             is removed unless it is resumed.
         resume: Continue what lies in the folder.
+        keep: Which weights of a training count, and are judged on dev.
         progress: Told of every step.
 
     Returns:
@@ -176,11 +181,17 @@ def search(
     """
     if not rates:
         raise TrainingError("no learning rate was given. Give one or more with --lr.")
+    if keep == "last" and patience is not None:
+        raise TrainingError(
+            f"patience={patience} stops a training at its best weights, and "
+            "keep='last' takes those at its end. Leave one of them out."
+        )
     settings = {
         "name": job.name,
         "rates": list(rates),
         "arguments": dict(arguments),
         "patience": patience,
+        "keep": keep,
         "seed": seed,
         "metric": job.chief,
         "examples": [len(job.train), len(job.dev)],
@@ -188,12 +199,14 @@ def search(
         **job.details,
     }
     _agree(folder, settings, resume)
+    prepared = lambda rate: _arguments(
+        job, rate, arguments, seed, folder / f"lr-{rate:g}", keep
+    )
     runs = []
     for rate in rates:
         done = folder / f"lr-{rate:g}.json"
         if not done.is_file():
-            options = _arguments(job, rate, arguments, seed, folder / f"lr-{rate:g}")
-            _train(job, options, patience, done, progress)
+            _train(job, prepared(rate), patience, done, progress)
         runs.append(json.loads(done.read_text()))
     finite = [run for run in runs if run["dev"] is not None]
     if not finite:
@@ -203,10 +216,9 @@ def search(
         )
     best = max(finite, key=lambda run: run["dev"][job.chief])
     rate = best["learning_rate"]
-    options = _arguments(job, rate, arguments, seed, folder / f"lr-{rate:g}")
     with own_random_numbers(seed):
         model = job.build()
-        trainer = _trainer(job, model, options)
+        trainer = _trainer(job, model, prepared(rate))
     _put(model, load_file(folder / f"lr-{rate:g}.safetensors"))
     model.eval()
     trainer.compute_metrics = None
@@ -301,7 +313,12 @@ def _sha256(examples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _arguments(
-    job: Job, rate: float, given: Mapping[str, Any], seed: int, folder: Path
+    job: Job,
+    rate: float,
+    given: Mapping[str, Any],
+    seed: int,
+    folder: Path,
+    keep: Kept,
 ) -> TrainingArguments:
     if taken := sorted(set(given) & set(OWN)):
         raise TrainingError(
@@ -318,7 +335,7 @@ def _arguments(
             output_dir=str(folder),
             learning_rate=rate,
             seed=seed,
-            load_best_model_at_end=True,
+            load_best_model_at_end=keep == "best",
             metric_for_best_model=job.chief,
             greater_is_better=True,
             remove_unused_columns=False,
@@ -385,18 +402,20 @@ def _train(
     if progress is not None:
         callbacks.append(_Shown(f"lr {options.learning_rate:g}", progress))
     folder = Path(str(options.output_dir))
-    checkpoint = last_checkpoint(folder)
+    checkpoint, best = last_checkpoint(folder), options.load_best_model_at_end
     with own_random_numbers(options.seed):
         model = job.build()
         own_peak = reset_peak_memory(job.device)
         with only_trained_is_saved(model):
             trainer = _trainer(job, model, options, callbacks)
             if checkpoint is not None and has_ended(checkpoint):
-                take_best(trainer, checkpoint)
+                take(trainer, checkpoint, best=best)
                 loss = float("nan")  # Of steps that were not taken here.
             else:
                 result = trainer.train(resume_from_checkpoint=checkpoint)
                 loss = result.training_loss
+            if not best and not _judged_at(trainer, trainer.state.global_step):
+                trainer.evaluate()
     weights = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in trained_parameters(model).items()
@@ -404,10 +423,12 @@ def _train(
     with replacing(done.with_suffix(".safetensors")) as part:
         save_file(weights, part)
     state = trainer.state
-    history = [_judged(entry) for entry in state.log_history if "eval_loss" in entry]
+    dev = _judged_at(trainer, state.best_global_step if best else state.global_step)
+    if dev is not None and dev[job.chief] is None:
+        dev = None  # The outputs were not finite.
     record = {
         "learning_rate": options.learning_rate,
-        "dev": next((e for e in history if e["step"] == state.best_global_step), None),
+        "dev": dev,
         "steps": state.global_step,
         "epochs": state.epoch,
         "train_loss": _finite(loss),
@@ -415,10 +436,21 @@ def _train(
         "steps_timed": len(meter.times),
         "peak_memory_bytes": peak_memory(job.device),
         "peak_memory_is_of_this_training": own_peak,
-        "history": history,
+        "history": _history(trainer),
     }
     write_text(done, json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _history(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the metrics of every evaluation, in their order."""
+    log = trainer.state.log_history
+    return [_judged(entry) for entry in log if "eval_loss" in entry]
+
+
+def _judged_at(trainer: Trainer, step: int | None) -> dict[str, Any] | None:
+    """Return the metrics of the evaluation at a step."""
+    return next((e for e in _history(trainer) if e["step"] == step), None)
 
 
 def _judged(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Fine-tuning a backbone on a task by any method, under one protocol.
 
 The model starts where `rocoft.backbone` left it, transformers' Trainer trains it once
-with each learning rate of a grid, the best checkpoint on dev is taken, and the test
-examples are looked at once.
+with each learning rate of a grid, the best checkpoint on dev is taken, or the last one,
+and the test examples are looked at once.
 """
 
 import copy
@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import (
     DataCollatorWithPadding,
@@ -35,11 +34,12 @@ from rocoft.methods import (
     trained_parameters,
 )
 from rocoft.metrics import metric_names, scores
+from rocoft.readout_trainer import Loss, ReadoutTrainer, readout_loss
 from rocoft.readouts import logits
 from rocoft.search import (
     Found,
     Job,
-    OrderedTrainer,
+    Kept,
     TrainingError,
     own_random_numbers,
     search,
@@ -85,6 +85,9 @@ def fine_tune(
     patience: int | None = None,
     seed: int = 0,
     metrics: Sequence[str] | None = None,
+    loss: Loss | None = None,
+    dropout: bool = True,
+    keep: Kept = "best",
     anchor: Anchor | None = None,
     wrap: Callable[[nn.Module], nn.Module] | None = None,
     folder: Path | None = None,
@@ -94,7 +97,7 @@ def fine_tune(
     """Fine-tune a copy of a backbone's model; the backbone itself is left untouched.
 
     Classes are learnt by cross-entropy of the logits, over the label words of a prompt
-    if that is the readout, scores by mean squared error.
+    if that is the readout, or by ``loss``; scores by mean squared error.
 
     Args:
         backbone: The model, ready for the task.
@@ -110,6 +113,12 @@ def fine_tune(
             generators are left as they were.
         metrics: Names of `rocoft.metrics`, the first to choose by; None means the
             task's.
+        loss: Of classes, see `rocoft.readout_trainer.readout_loss`; None means
+            ``"cross_entropy"``.
+        dropout: Whether to train in training mode; False trains in evaluation mode,
+            where a model is the function that its linearisation expands.
+        keep: ``"best"`` for the best checkpoint on dev, ``"last"`` for the weights that
+            training ends with, which dev then judges.
         anchor: Holds what is trained at its start; None means free training.
         wrap: From the model, ready to train by the method, to what is trained in its
             place, such as its linearisation. A record knows it by its ``__name__``.
@@ -134,6 +143,12 @@ def fine_tune(
             "learning rate by. Draw some: few_shot(..., dev_shots=16) or full_split."
         )
     regression = split.task.regression
+    if loss == "cross_entropy" and regression:
+        raise TrainingError(
+            f"loss='cross_entropy' is of classes; the labels of task "
+            f"{split.task.name!r} are scores. Leave it out, or give 'squared'."
+        )
+    objective: Loss = loss or ("squared" if regression else "cross_entropy")
     names = tuple(metrics or metric_names(split.task.name, regression=regression))
     start = {
         "method": str(method),
@@ -150,14 +165,18 @@ def fine_tune(
             "test": len(split.test),
         },
         "metric": names[0],
+        "loss": objective,
+        "dropout": dropout,
+        "keep": keep,
         "anchor": anchor and asdict(anchor),
         "wrapped": None if wrap is None else getattr(wrap, "__name__", repr(wrap)),
     }
     if method.kind == "probe":
-        if anchor or wrap:
+        if anchor or wrap or loss or not dropout or keep == "last":
             raise TrainingError(
-                "method 'probe' takes no steps, so nothing can be anchored or wrapped. "
-                "Use 'head', or leave anchor= and wrap= out."
+                "method 'probe' takes no steps, so nothing can be anchored or wrapped, "
+                "and no loss, dropout or checkpoint chosen. Use 'head', or leave "
+                "anchor=, wrap=, loss=, dropout= and keep= out."
             )
         return _probe(backbone, split, method, names, start)
     given = dict(arguments or {})
@@ -171,7 +190,13 @@ def fine_tune(
         counts.update(count_parameters(model, backbone.module))
         return model if wrap is None else wrap(model)
 
-    trainer = ReadoutTrainer if anchor is None else anchored(ReadoutTrainer, anchor)
+    if checkpointing and not dropout:
+        raise TrainingError(
+            "gradient_checkpointing works in training mode alone. Leave it out, or "
+            "train with dropout=True."
+        )
+    kind = ReadoutTrainer.of(objective, dropout=dropout)
+    trainer = kind if anchor is None else anchored(kind, anchor)
     with own_random_numbers(seed), search_folder(folder) as place:
         found = search(
             Job(
@@ -185,8 +210,7 @@ def fine_tune(
                 device=_device(backbone.module),
                 trainer=(trainer, TrainingArguments),
                 details={
-                    "anchor": start["anchor"],
-                    "wrapped": start["wrapped"],
+                    **{k: start[k] for k in ("loss", "dropout", "anchor", "wrapped")},
                     "split_seed": split.seed,
                     "readout": backbone.readout,
                     "label_words": backbone.prompt and list(backbone.prompt.words),
@@ -195,6 +219,7 @@ def fine_tune(
             LEARNING_RATES[method.kind] if lrs is None else lrs,
             arguments=given,
             patience=patience,
+            keep=keep,
             seed=seed,
             folder=place,
             resume=resume,
@@ -282,39 +307,6 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-class ReadoutTrainer(OrderedTrainer):
-    """A Trainer of modules that return logits, or an object that has them.
-
-    One output and real labels make a regression.
-    """
-
-    # The loss is the mean over a batch.
-    loss_is_scaled_for_ga = False
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the loss, and the outputs if asked for.
-
-        Args:
-            model: The model.
-            inputs: A batch with ``labels``, ``(n,)``.
-            return_outputs: Whether to return ``{"logits": (n, labels)}`` as well.
-            num_items_in_batch: Not used: losses are averaged batch by batch.
-
-        Returns:
-            The loss, or a pair.
-        """
-        labels = inputs.pop("labels")
-        found = logits(model(**inputs))
-        loss = _loss(found, labels, self.args.label_smoothing_factor)
-        return (loss, {"logits": found}) if return_outputs else loss
-
-
 def _prepared(
     backbone: Backbone, split: Split, method: Method, checkpointing: bool
 ) -> nn.Module:
@@ -355,14 +347,7 @@ def _example_loss(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
     found = logits(model(**inputs))
     if "position" in example:
         found = found[torch.arange(len(found)), example["position"]]
-    return _loss(found, example["labels"], 0.0)
-
-
-def _loss(outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Return the squared error of scores, or the cross-entropy of classes."""
-    if labels.is_floating_point():
-        return F.mse_loss(outputs[:, 0].float(), labels.float())
-    return F.cross_entropy(outputs.float(), labels, label_smoothing=smoothing)
+    return readout_loss(found, example["labels"])
 
 
 def _encoded(backbone: Backbone, examples: Sequence[Example]) -> Any:
