@@ -3,7 +3,7 @@
 The rules take the layers' kernels on training examples (`ntk.layerwise`), n of them
 with c outputs, and return a `LayerOrder`: the layers to tune within a `Budget`, each
 the best by the rule of those that there is still room for. Where layers score alike up
-to rounding, the first of them is taken.
+to rounding, the first of them is taken. The target-aware rule also exchanges layers.
 
 `targets` are r, what is to be learnt: see `starting_residual`. For kernels
 ``(n, n, c, c)`` they are ``(n, c)``, for reduced ones ``(n,)`` or ``(n, t)``. `base` is
@@ -12,8 +12,7 @@ Every rule raises `SelectionError` if the budget has room for no layer, and erro
 `ntk.spectrum` for what is no kernel; `Raises` lists only what is particular.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -23,6 +22,14 @@ from numpy.typing import ArrayLike
 
 from ntk.distance import alignment
 from ntk.kernel import gram_matrix
+from ntk.layer_budget import (
+    UNLIMITED,
+    Budget,
+    LayerOrder,
+    by_score,
+    exchange,
+    greedy,
+)
 from ntk.layerwise import LayerKernel, combined, gram_matrices
 from ntk.spectrum import (
     PSD_TOLERANCE,
@@ -49,60 +56,6 @@ __all__ = [
     "starting_residual",
     "target_aware",
 ]
-
-TIE = 1e-9
-"""Scores that differ by less, relative to the best, are equal up to rounding."""
-
-Scores = Callable[[Sequence[str], Sequence[str]], Array]
-"""From the layers chosen already and the candidates to the candidates' scores."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The most that layers may be, together.
-
-    Attributes:
-        parameters: Trained parameters; None for no limit.
-        layers: Number of layers; None for no limit.
-    """
-
-    parameters: int | None = None
-    layers: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("parameters", "layers"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                raise SelectionError(
-                    f"{name}={limit} must be at least 1, or None for no limit."
-                )
-
-    def fits(self, parameters: int, layers: int) -> bool:
-        """Return whether so much is within it."""
-        return (self.parameters is None or parameters <= self.parameters) and (
-            self.layers is None or layers <= self.layers
-        )
-
-
-UNLIMITED = Budget()
-
-
-@dataclass(frozen=True)
-class LayerOrder:
-    """Layers to tune, as one rule chose them.
-
-    Attributes:
-        rule: Its name.
-        layers: The names, as they were chosen: each is the best by the rule of those
-            that the rest of the budget has room for.
-        scores: Of each when it was chosen, as the rule says.
-        parameters: Of all together.
-    """
-
-    rule: str
-    layers: tuple[str, ...]
-    scores: tuple[float, ...]
-    parameters: int
 
 
 def starting_residual(labels: ArrayLike, outputs: ArrayLike | None = None) -> Array:
@@ -155,13 +108,14 @@ def target_aware(
     base: ArrayLike | None = None,
     epsilon: float = 1e-3,
 ) -> LayerOrder:
-    """Choose, one after another, the layers that explain most of the targets.
+    """Choose the layers that explain most of the targets.
 
-    Each is the one with the largest drop, per parameter, of r'(K_S + s I)^-1 r, which
-    is the smallest regularised risk of tuning the layers S (`ntk.risk`). The ridge is
-    s = epsilon tr K / k, K being the kernel of all layers and the base. A score is the
-    drop per parameter, as a share of that expression for the base alone. The drop of a
-    layer can grow when another is chosen, so the best set may be another one.
+    They leave the least of r'(K_S + s I)^-1 r, which is the smallest regularised risk
+    of tuning the layers S (`ntk.risk`). The ridge is s = epsilon tr K / k, K being the
+    kernel of all layers and the base. One after another the layer with the largest
+    drop per parameter is taken. The drop of a layer can grow when another is chosen,
+    so then one or two are given up for as many others as long as that lowers the whole
+    (`ntk.layer_budget.exchange`). The best set may still be another one.
 
     Args:
         layers: Kernels by layer.
@@ -171,25 +125,32 @@ def target_aware(
         epsilon: The ridge in units of the mean eigenvalue, above 0.
 
     Returns:
-        The order, by descending use.
+        The layers, one after another the one with the largest drop per parameter. That
+        is its score, as a share of the expression for the base alone.
     """
     grams = gram_matrices(layers)
     start, ridge = _start(grams, base, epsilon)
     r = _targets(layers, targets)
     before = _unexplained(start, r, ridge)
 
+    def left(names: Sequence[str]) -> float:
+        return _unexplained(sum((grams[n] for n in names), start), r, ridge)
+
     def score(chosen: Sequence[str], candidates: Sequence[str]) -> Array:
-        now = sum((grams[name] for name in chosen), start)
-        left = _unexplained(now, r, ridge)
+        now = left(chosen)
         return np.array(
             [
-                (left - _unexplained(now + grams[name], r, ridge))
-                / (before * layers[name].parameters)
+                (now - left([*chosen, name])) / (before * layers[name].parameters)
                 for name in candidates
             ]
         )
 
-    return _order("target-aware", layers, budget, score)
+    rule = "target-aware"
+    chosen = greedy(rule, layers, budget, score).layers
+    while better := exchange(chosen, layers, budget, left):
+        # A smaller layer in the place of a larger one may leave room for more.
+        chosen = better + greedy(rule, layers, budget, score, begun=better).layers
+    return greedy(rule, {n: layers[n] for n in layers if n in chosen}, budget, score)
 
 
 def least_growth(
@@ -226,7 +187,7 @@ def least_growth(
         tops = [_largest(now + grams[name]) for name in candidates]
         return (np.array(tops) + ridge) / before
 
-    return _order("least growth", layers, budget, score, least=True)
+    return greedy("least growth", layers, budget, score, least=True)
 
 
 def rank_subsets(
@@ -293,7 +254,7 @@ def gradient_norm(
     """
     r = _targets(layers, targets)
     squares = [np.vdot(r, gram @ r) for gram in gram_matrices(layers).values()]
-    return _by_score("gradient norm", layers, budget, np.sqrt(np.maximum(squares, 0)))
+    return by_score("gradient norm", layers, budget, np.sqrt(np.maximum(squares, 0)))
 
 
 def kernel_alignment(
@@ -318,7 +279,7 @@ def kernel_alignment(
     scores = [
         alignment(g, r) if g.any() else 0.0 for g in gram_matrices(layers).values()
     ]
-    return _by_score("kernel alignment", layers, budget, scores)
+    return by_score("kernel alignment", layers, budget, scores)
 
 
 def random_layers(
@@ -326,65 +287,21 @@ def random_layers(
 ) -> LayerOrder:
     """Choose layers at random, a baseline; a score is a uniform draw."""
     draws = np.random.default_rng(seed).random(len(layers))
-    return _by_score(f"random {seed}", layers, budget, draws)
+    return by_score(f"random {seed}", layers, budget, draws)
 
 
 def first_layers(
     layers: Mapping[str, LayerKernel], *, budget: Budget = UNLIMITED
 ) -> LayerOrder:
     """Choose the layers in their order, a baseline; a score is the place from last."""
-    return _by_score("first", layers, budget, range(len(layers), 0, -1))
+    return by_score("first", layers, budget, range(len(layers), 0, -1))
 
 
 def last_layers(
     layers: Mapping[str, LayerKernel], *, budget: Budget = UNLIMITED
 ) -> LayerOrder:
     """Choose the layers from the last one, a baseline; a score is the place."""
-    return _by_score("last", layers, budget, range(1, len(layers) + 1))
-
-
-def _order(
-    rule: str,
-    layers: Mapping[str, LayerKernel],
-    budget: Budget,
-    scores: Scores,
-    *,
-    least: bool = False,
-) -> LayerOrder:
-    """Choose the best layer of those that fit, until none does."""
-    chosen: list[str] = []
-    found: list[float] = []
-    spent = 0
-    while candidates := [
-        name
-        for name, layer in layers.items()
-        if name not in chosen and budget.fits(spent + layer.parameters, len(chosen) + 1)
-    ]:
-        values = scores(chosen, candidates)
-        signed = -values if least else values
-        best = int(np.argmax(signed >= signed.max() - TIE * abs(signed.max())))
-        chosen.append(candidates[best])
-        found.append(float(values[best]))
-        spent += layers[candidates[best]].parameters
-    if not chosen:
-        smallest = min(layer.parameters for layer in layers.values())
-        raise SelectionError(
-            f"{budget} has room for none of {len(layers)} layers; the smallest has "
-            f"{smallest} parameters. Raise the budget, or choose a smaller space."
-        )
-    return LayerOrder(rule, tuple(chosen), tuple(found), spent)
-
-
-def _by_score(
-    rule: str,
-    layers: Mapping[str, LayerKernel],
-    budget: Budget,
-    scores: Iterable[float],
-) -> LayerOrder:
-    """Choose by scores that do not depend on what else is chosen."""
-    fixed = dict(zip(layers, map(float, scores), strict=True))
-    pick: Scores = lambda chosen, candidates: np.array([fixed[n] for n in candidates])
-    return _order(rule, layers, budget, pick)
+    return by_score("last", layers, budget, range(1, len(layers) + 1))
 
 
 def _start(

@@ -15,6 +15,7 @@ What must hold at every size, by medians:
 - a kernel of rows, columns, LoRA or biases within `LEAN_LIMIT` of the floor;
 - the full kernel within `FULL_LIMIT` (floor + counted operations / rate);
 - thirty spaces, the full one among them, within `THIRTY_LIMIT` of the full kernel;
+- the kernels of all layers of a space within `LAYERS_LIMIT` of its whole kernel;
 - at n = `MEMORY_SIZE`, less than `MEMORY_LIMIT` GiB held at any time, model and Python
   included.
 """
@@ -34,6 +35,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ntk import kernel
+from ntk.layerwise import layer_kernels
 from ntk.spaces import (
     Bias,
     Columns,
@@ -60,6 +62,7 @@ from tests.benchmarks.table import (
 LEAN_LIMIT = 1.15
 FULL_LIMIT = 1.3
 THIRTY_LIMIT = 1.3
+LAYERS_LIMIT = 1.2
 MEMORY_LIMIT = 1.5
 MEMORY_SIZE = 32
 PEER_SECONDS = 60.0
@@ -98,6 +101,8 @@ THIRTY: dict[str, Space] = {
     "rows 3, query and value": Rows(3).at("query", "value"),
     "LoRA 8, query and value": LoRA(8).at("query", "value"),
 }
+LAYERED = ("full", "rows 3", "LoRA 8")
+"""Spaces whose kernels are parted by layer."""
 assert len(THIRTY) == 30
 """What a user might compare in one call."""
 
@@ -154,6 +159,12 @@ def measure(model: nn.Module, n: int, rounds: int) -> dict:
             for name, space in (LEAN | FULL).items()
         },
         "thirty": lambda: ours(model, batch, THIRTY),
+        **{
+            f"layers, {name}": lambda name=name: layer_kernels(
+                model, batch, space=THIRTY[name]
+            )
+            for name in LAYERED
+        },
     }
     first = {name: setting.seconds(case) for name, case in cases.items()}
     busy = setting.BusyElsewhere()
@@ -183,6 +194,10 @@ def measure(model: nn.Module, n: int, rounds: int) -> dict:
         "bound_to_floor": ratio([FULL_LIMIT * b for b in bounds], times["floor"]),
         "full_to_floor_and_operations": ratio(times["full"], bounds, FULL_LIMIT),
         "thirty_to_full": ratio(times["thirty"], times["full"], THIRTY_LIMIT),
+        "layers_to_whole": {
+            name: ratio(times[f"layers, {name}"], times[name], LAYERS_LIMIT)
+            for name in LAYERED
+        },
     }
 
 

@@ -24,6 +24,8 @@ def print_size(row: dict) -> None:
     lines = {f"{name} / floor": r for name, r in row["ratio_to_floor"].items()}
     lines["full / (floor + operations)"] = row["full_to_floor_and_operations"]
     lines["thirty / full"] = row["thirty_to_full"]
+    for name, r in row["layers_to_whole"].items():
+        lines[f"all layers / whole, {name}"] = r
     for name, r in lines.items():
         kept = ""
         if "limit" in r:

@@ -1,0 +1,246 @@
+"""The options of `python -m ntk.layers`, and the records that they ask for."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ntk.layer_budget import Budget
+from ntk.layers_records import (
+    HEAD,
+    Split,
+    check_layers,
+    fine_tuning_records,
+    layer_records,
+)
+from ntk.layers_subsets import (
+    Choice,
+    check_method,
+    method_of,
+    spread_subsets,
+    subset,
+)
+from ntk.layers_summary import collect
+from ntk.notation import parse_space
+from ntk.options import add_model_options, positive
+from ntk.protocol import Protocol
+from ntk.study import Cell, Key, Record, Study, Unit
+from ntk.study_options import (
+    add_fine_tuning_options,
+    add_split_options,
+    add_work_options,
+    cells,
+    refuse_repeated,
+)
+from rocoft.architecture import SelectionError
+from rocoft.tasks import TaskError
+
+SEEDS = (13, 21, 42)
+LAYERS = "layers"
+FINE_TUNING = "finetune"
+
+
+def build_layers_parser() -> argparse.ArgumentParser:
+    """Return the parser; its help is the documentation of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ntk.layers",
+        description="Which layers of a transformer to tune? Ranks them, before any "
+        "training, by their kernels on the training examples: by how much of what is "
+        "to be learnt they explain, by the published rule, and by simpler ones. With "
+        "--verify the chosen layers are fine-tuned, and with --subsets others of all "
+        "sizes too, to see which measure tells the accuracy. What is done is kept: the "
+        "same command goes on where it was stopped, and more can be added.",
+        epilog="A SPACE is that of python -m ntk.compare, such as lora:8, rows:3, "
+        "rows:3@query,value or full. Exit codes: 0 done, 1 some records failed, 2 bad "
+        "input, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    add_split_options(parser, SEEDS)
+    # One task is what the command is for; several are a study.
+    parser.add_argument(
+        "--task",
+        dest="tasks",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="TASK",
+        help="the same as --tasks",
+    )
+    add_fine_tuning_options(parser, choose_lr=False)
+    add_work_options(parser, LAYERS)
+    parser.set_defaults(coupled=False)
+    add = parser.add_argument_group("which layers").add_argument
+    add(
+        "--space",
+        default="lora:8",
+        help="what is tuned of a layer; a classification head is tuned in any case "
+        "(default: %(default)s)",
+    )
+    add(
+        "--budget",
+        type=_budget,
+        default=_budget("3"),
+        metavar="N",
+        help="most layers, such as 3, or most parameters with a p, such as 40000p; "
+        "every rule has the same (default: 3)",
+    )
+    add(
+        "--epsilon",
+        type=_above_zero,
+        default=1e-3,
+        metavar="E",
+        help="the ridge in units of the mean eigenvalue (default: %(default)g)",
+    )
+    add(
+        "--random-seeds",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="random choices of layers, a baseline (default: %(default)s)",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="fine-tune what the rules chose, all layers and the head alone, and say "
+        "whether the ranking held",
+    )
+    add(
+        "--subsets",
+        type=positive,
+        metavar="N",
+        help="fine-tune N sets of layers too, single ones, first and last ones, random "
+        "ones and all, the same on every split, and correlate what is known before "
+        "training with their scores (default: none)",
+    )
+    return parser
+
+
+@dataclass
+class LayersRun:
+    """One run of the command: which layers are fine-tuned, their kernels decide.
+
+    Attributes:
+        choice: What the rules choose by, once the options are read.
+        ranked: Whether the kernels have been computed as far as they can be.
+        goes_on: Whether there is fine-tuning to do after that.
+    """
+
+    choice: Choice | None = None
+    ranked: bool = False
+    goes_on: bool = False
+
+    def units(self, options: argparse.Namespace, protocol: Protocol) -> list[Unit]:
+        """Return the work, and see that it can be done before any is.
+
+        Args:
+            options: Parsed options.
+            protocol: Of the study.
+
+        Returns:
+            The kernels of each split, and once these are there, the fine-tuning.
+
+        Raises:
+            SelectionError: If there are no such layers to choose from, or no room for
+                any.
+            TaskError: If something is asked for twice or a split cannot be drawn.
+        """
+        refuse_repeated(options)
+        space = str(parse_space(options.space))
+        tunes = bool(options.verify or options.subsets)
+        if tunes:
+            check_method(space)
+        splits = cells(options, protocol)
+        for name in options.tasks:
+            if protocol.task(name).regression:
+                raise TaskError(
+                    f"task {name!r} has scores to predict; layers are ranked by what "
+                    "is left to learn of classes. Give another task."
+                )
+        self.choice = Choice(
+            space, options.budget, options.epsilon, options.random_seeds
+        )
+        if not options.report_only and not self.ranked:
+            _check_room(check_layers(protocol, splits[0], space), options)
+        keys = [Key(cell, LAYERS, space) for cell in splits]
+        work = [Unit((k,), layer_records, (protocol, k.cell)) for k in keys]
+        if self.ranked:
+            study = Study(options.output / options.name)
+            for key in keys:
+                if (record := study.read(key)) is not None:
+                    work += self._fine_tuning(options, protocol, key.cell, record)
+        self.goes_on, self.ranked = tunes and not self.ranked, True
+        return work
+
+    def collect(
+        self,
+        records: Sequence[tuple[Key, Record | None]],
+        command: str,
+        settings: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Return the summary of the records so far.
+
+        Args:
+            records: As for `layers_summary.collect`.
+            command: As there.
+            settings: As there.
+        """
+        assert self.choice is not None
+        return collect(records, command, settings, self.choice)
+
+    def _fine_tuning(
+        self,
+        options: argparse.Namespace,
+        protocol: Protocol,
+        cell: Cell,
+        record: Record,
+    ) -> list[Unit]:
+        assert self.choice is not None
+        space, split = self.choice.space, Split.of(record)
+        layers = tuple(split.layers)
+        wanted: list[tuple[str, ...]] = []
+        if options.subsets:
+            wanted += spread_subsets(layers, options.subsets)
+        if options.verify:
+            wanted += [layers, *map(subset, self.choice(split).values())]
+        methods = [method_of(chosen, space, layers) for chosen in wanted]
+        if options.verify and record["parameters"].get(HEAD):
+            methods.append(HEAD)
+        return [
+            Unit(
+                (Key(cell, FINE_TUNING, method),),
+                fine_tuning_records,
+                (protocol, cell, space),
+            )
+            for method in dict.fromkeys(methods)
+        ]
+
+
+def _check_room(sizes: Mapping[str, int], options: argparse.Namespace) -> None:
+    """Refuse a budget that no layer fits, and more sets than there are."""
+    budget, smallest = options.budget, min(sizes.values())
+    if not budget.fits(smallest, 1):
+        raise SelectionError(
+            f"--budget {budget.parameters}p has room for none of the {len(sizes)} "
+            f"layers of --space {options.space}: the smallest has {smallest} "
+            "parameters. Raise the budget, or choose a smaller space."
+        )
+    if options.subsets:
+        spread_subsets(tuple(sizes), options.subsets)
+
+
+def _budget(text: str) -> Budget:
+    found = re.fullmatch(r"(\d+)(p?)", text)
+    if found is None or int(found[1]) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must read 3 for three layers or 40000p for so many parameters"
+        )
+    count = int(found[1])
+    return Budget(parameters=count) if found[2] else Budget(layers=count)
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+    return value
