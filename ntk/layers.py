@@ -9,37 +9,23 @@ The kernels of all layers on the training examples, and what rules choose by the
 Stopped at any moment, the same command goes on with what is missing.
 """
 
-from collections.abc import Sequence
-
-from ntk.layers_options import LayersRun, build_layers_parser
+from ntk.layers_options import build_layers_parser, choice, fine_tuning_units, units
 from ntk.layers_report import summary_lines, tables, write_layers
-from ntk.study_command import FAILED, StudyCommand
+from ntk.layers_summary import collect
+from ntk.study_command import StudyCommand
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Rank the layers, then fine-tune some if that was asked for.
-
-    Args:
-        argv: Arguments; None means those of the process.
-
-    Returns:
-        The exit code.
-    """
-    run = LayersRun()
-    command = StudyCommand(
-        module="ntk.layers",
-        parser=build_layers_parser,
-        units=run.units,
-        collect=run.collect,
-        tables=tables,
-        lines=summary_lines,
-        write=write_layers,
-        settings={"study": "layers"},
-    )
-    code = command(argv)
-    # Which layers are fine-tuned is known only now.
-    return command(argv) if code in (0, FAILED) and run.goes_on else code
-
+main = StudyCommand(
+    module="ntk.layers",
+    parser=build_layers_parser,
+    units=units,
+    then=fine_tuning_units,
+    collect=collect,
+    report=lambda options: {"choice": choice(options)},
+    tables=tables,
+    lines=summary_lines,
+    write=write_layers,
+    settings={"study": "layers"},
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -2,9 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 from ntk.layer_budget import Budget
 from ntk.layers_records import (
@@ -21,11 +19,10 @@ from ntk.layers_subsets import (
     spread_subsets,
     subset,
 )
-from ntk.layers_summary import collect
 from ntk.notation import parse_space
 from ntk.options import add_model_options, positive
 from ntk.protocol import Protocol
-from ntk.study import Cell, Key, Record, Study, Unit
+from ntk.study import Key, Record, Study, Unit
 from ntk.study_options import (
     add_fine_tuning_options,
     add_split_options,
@@ -116,104 +113,91 @@ def build_layers_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass
-class LayersRun:
-    """One run of the command: which layers are fine-tuned, their kernels decide.
+def choice(options: argparse.Namespace) -> Choice:
+    """Return what the rules choose by.
 
-    Attributes:
-        choice: What the rules choose by, once the options are read.
-        ranked: Whether the kernels have been computed as far as they can be.
-        goes_on: Whether there is fine-tuning to do after that.
+    Args:
+        options: Parsed options.
     """
+    space = str(parse_space(options.space))
+    return Choice(space, options.budget, options.epsilon, options.random_seeds)
 
-    choice: Choice | None = None
-    ranked: bool = False
-    goes_on: bool = False
 
-    def units(self, options: argparse.Namespace, protocol: Protocol) -> list[Unit]:
-        """Return the work, and see that it can be done before any is.
+def units(options: argparse.Namespace, protocol: Protocol) -> list[Unit]:
+    """Return the kernels to compute, and see that the study can be done.
 
-        Args:
-            options: Parsed options.
-            protocol: Of the study.
+    Args:
+        options: Parsed options.
+        protocol: Of the study.
 
-        Returns:
-            The kernels of each split, and once these are there, the fine-tuning.
+    Returns:
+        A unit for each split.
 
-        Raises:
-            SelectionError: If there are no such layers to choose from, or no room for
-                any.
-            TaskError: If something is asked for twice or a split cannot be drawn.
-        """
-        refuse_repeated(options)
-        space = str(parse_space(options.space))
-        tunes = bool(options.verify or options.subsets)
-        if tunes:
-            check_method(space)
-        splits = cells(options, protocol)
-        for name in options.tasks:
-            if protocol.task(name).regression:
-                raise TaskError(
-                    f"task {name!r} has scores to predict; layers are ranked by what "
-                    "is left to learn of classes. Give another task."
-                )
-        self.choice = Choice(
-            space, options.budget, options.epsilon, options.random_seeds
-        )
-        if not options.report_only and not self.ranked:
-            _check_room(check_layers(protocol, splits[0], space), options)
-        keys = [Key(cell, LAYERS, space) for cell in splits]
-        work = [Unit((k,), layer_records, (protocol, k.cell)) for k in keys]
-        if self.ranked:
-            study = Study(options.output / options.name)
-            for key in keys:
-                if (record := study.read(key)) is not None:
-                    work += self._fine_tuning(options, protocol, key.cell, record)
-        self.goes_on, self.ranked = tunes and not self.ranked, True
-        return work
-
-    def collect(
-        self,
-        records: Sequence[tuple[Key, Record | None]],
-        command: str,
-        settings: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """Return the summary of the records so far.
-
-        Args:
-            records: As for `layers_summary.collect`.
-            command: As there.
-            settings: As there.
-        """
-        assert self.choice is not None
-        return collect(records, command, settings, self.choice)
-
-    def _fine_tuning(
-        self,
-        options: argparse.Namespace,
-        protocol: Protocol,
-        cell: Cell,
-        record: Record,
-    ) -> list[Unit]:
-        assert self.choice is not None
-        space, split = self.choice.space, Split.of(record)
-        layers = tuple(split.layers)
-        wanted: list[tuple[str, ...]] = []
-        if options.subsets:
-            wanted += spread_subsets(layers, options.subsets)
-        if options.verify:
-            wanted += [layers, *map(subset, self.choice(split).values())]
-        methods = [method_of(chosen, space, layers) for chosen in wanted]
-        if options.verify and record["parameters"].get(HEAD):
-            methods.append(HEAD)
-        return [
-            Unit(
-                (Key(cell, FINE_TUNING, method),),
-                fine_tuning_records,
-                (protocol, cell, space),
+    Raises:
+        SelectionError: If there are no such layers to choose from, or no room for any.
+        TaskError: If something is asked for twice or a split cannot be drawn.
+    """
+    refuse_repeated(options)
+    space = choice(options).space
+    if options.verify or options.subsets:
+        check_method(space)
+    splits = cells(options, protocol)
+    for name in options.tasks:
+        if protocol.task(name).regression:
+            raise TaskError(
+                f"task {name!r} has scores to predict; layers are ranked by what is "
+                "left to learn of classes. Give another task."
             )
-            for method in dict.fromkeys(methods)
-        ]
+    if not options.report_only:
+        _check_room(check_layers(protocol, splits[0], space), options)
+    return [
+        Unit((Key(cell, LAYERS, space),), layer_records, (protocol, cell))
+        for cell in splits
+    ]
+
+
+def fine_tuning_units(
+    options: argparse.Namespace, protocol: Protocol, study: Study
+) -> list[Unit]:
+    """Return the fine-tuning that is asked for: the kernels decide of which layers.
+
+    Args:
+        options: Parsed options.
+        protocol: Of the study.
+        study: With the kernels; splits without are left out.
+
+    Returns:
+        A unit for each split and set of layers.
+    """
+    rules = choice(options)
+    work = []
+    for cell in cells(options, protocol):
+        record = study.read(Key(cell, LAYERS, rules.space))
+        if record is not None:
+            work += [
+                Unit(
+                    (Key(cell, FINE_TUNING, method),),
+                    fine_tuning_records,
+                    (protocol, cell, rules.space),
+                )
+                for method in _methods(options, rules, record)
+            ]
+    return work
+
+
+def _methods(options: argparse.Namespace, rules: Choice, record: Record) -> list[str]:
+    """Return what is fine-tuned on a split, each once."""
+    split = Split.of(record)
+    layers = tuple(split.layers)
+    wanted: list[tuple[str, ...]] = []
+    if options.subsets:
+        wanted += spread_subsets(layers, options.subsets)
+    if options.verify:
+        wanted += [layers, *map(subset, rules(split).values())]
+    methods = [method_of(chosen, rules.space, layers) for chosen in wanted]
+    if options.verify and record["parameters"].get(HEAD):
+        methods.append(HEAD)
+    return list(dict.fromkeys(methods))
 
 
 def _check_room(sizes: Mapping[str, int], options: argparse.Namespace) -> None:

@@ -32,21 +32,28 @@ class StudyCommand:
         module: That is run.
         parser: Makes the parser of its options.
         units: From the options and the protocol to the work.
-        collect: From the records, the command and the settings to the summary.
+        collect: From the records, the command, the settings and what `report` returns
+            to the summary.
         tables: Of a summary, for a terminal.
         lines: Of a summary, sentences.
         write: Writes the report of a summary to a folder and returns its files.
         settings: What the study's folder holds beside the protocol's settings.
+        then: From the options, the protocol and the study with its first records to the
+            work that depends on these.
+        report: From the options to keywords of ``collect``, which decide the report and
+            no record.
     """
 
     module: str
     parser: Callable[[], argparse.ArgumentParser]
     units: Callable[[argparse.Namespace, Protocol], list[Unit]]
-    collect: Callable[[Records, str, Mapping[str, Any]], Summary]
+    collect: Callable[..., Summary]
     tables: Callable[[Summary], list[Table]]
     lines: Callable[[Summary], list[str]]
     write: Callable[[Summary, Path], dict[str, Path]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    then: Callable[[argparse.Namespace, Protocol, Study], list[Unit]] | None = None
+    report: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda options: {}
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         """Run the command.
@@ -79,10 +86,11 @@ class StudyCommand:
             work = self.units(options, same)
             study = Study(options.output / options.name)
             study.begin(settings)
-            failed: list[str] = []
-            if not options.report_only:
-                with progress_bar(options.quiet) as progress:
-                    failed = study.run(work, options.jobs, progress)
+            failed = self._done(study, work, options)
+            if self.then is not None:
+                more = self.then(options, same, study)
+                failed += self._done(study, more, options)
+                work += more
         records = [(key, study.read(key)) for unit in work for key in unit.keys]
         for file in study.damaged:
             # Told also where nothing else is: a number may have changed.
@@ -92,11 +100,19 @@ class StudyCommand:
                 f"record {file} {what} not whole: {again}", file=sys.stderr
             )
         command = shlex.join(["python", "-m", self.module, *given])
-        summary = self.collect(records, command, settings)
+        summary = self.collect(records, command, settings, **self.report(options))
         files = self.write(summary, study.folder)
         if not options.quiet:
             self._show(summary, str(files["html"]))
         return failed
+
+    @staticmethod
+    def _done(study: Study, work: list[Unit], options: argparse.Namespace) -> list[str]:
+        """Do some work, unless only a report is wanted; return what failed."""
+        if options.report_only or not work:
+            return []
+        with progress_bar(options.quiet) as progress:
+            return study.run(work, options.jobs, progress)
 
     def _show(self, summary: Summary, report: str) -> None:
         console = Console(width=None if sys.stdout.isatty() else 110)

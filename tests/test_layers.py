@@ -23,7 +23,7 @@ from ntk.layers_correlation import (
     rank_correlation,
     reliability,
 )
-from ntk.layers_options import LayersRun, build_layers_parser
+from ntk.layers_options import build_layers_parser, fine_tuning_units, units
 from ntk.layers_predictors import PREDICTORS, explained, predictors
 from ntk.layers_records import Split
 from ntk.layers_report import report_page, summary_lines, tables
@@ -31,7 +31,7 @@ from ntk.layers_subsets import Choice, layers_of, method_of, spread_subsets
 from ntk.layers_summary import collect
 from ntk.options import parse_options
 from ntk.spaces import Head, LoRA
-from ntk.study import Cell, Key
+from ntk.study import Cell, Key, Study
 from ntk.study_options import protocol
 from rocoft.architecture import SelectionError
 from rocoft.readouts import logits
@@ -449,12 +449,13 @@ def test_reliability_inverts_the_correlation_of_parts(first, second):
 
 def test_work_can_be_done_by_other_processes(study):
     options = parse_options(study.asked, build_layers_parser())
-    run = LayersRun()
-    first, second = (run.units(options, protocol(options)) for _ in range(2))
+    same = protocol(options)
+    first = units(options, same)
+    second = fine_tuning_units(options, same, Study(study.folder))
     assert [key.kind for unit in first for key in unit.keys] == ["layers"] * 4
-    assert {key for unit in second for key in unit.keys} == study.records.keys()
-    assert not run.goes_on
-    for unit in second:
+    work = [*first, *second]
+    assert {key for unit in work for key in unit.keys} == study.records.keys()
+    for unit in work:
         assert pickle.loads(pickle.dumps(unit)) == unit
 
 
