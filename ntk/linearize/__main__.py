@@ -1,0 +1,28 @@
+"""When does the linearised model explain fine-tuning?
+
+    python -m ntk.linearize
+    python -m ntk.linearize --tasks cola sst2 --data-dir DATA --jobs 2
+    python -m ntk.linearize --methods rows:3 full --lambdas 0 0.1 1 10
+
+Fine-tuning held near its start by lambda, against the linearised model trained with the
+same lambda. Stopped at any moment, the same command goes on with what is missing.
+"""
+
+from ntk.linearization_options import build_linearization_parser, units
+from ntk.linearization_report import summary_lines, tables, write_linearization
+from ntk.linearization_summary import collect
+from ntk.study_command import StudyCommand
+
+main = StudyCommand(
+    module="ntk.linearize",
+    parser=build_linearization_parser,
+    units=units,
+    collect=collect,
+    tables=tables,
+    lines=summary_lines,
+    write=write_linearization,
+    settings={"study": "linearization"},
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main())
