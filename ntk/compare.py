@@ -60,6 +60,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
 
         from ntk.evaluation import evaluate
         from rocoft.backbone import load_backbone
+        from rocoft.trainer import versions
 
         start = time.perf_counter()
         split = _split(options)
@@ -97,7 +98,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             "created": datetime.datetime.now(datetime.UTC).isoformat(
                 timespec="seconds"
             ),
-            "versions": _versions(),
+            "versions": versions("numpy", "scikit-learn"),
             **evaluation.record,
         }
         record["timing"] = {"load": loaded, **record["timing"]}
@@ -193,11 +194,6 @@ def _opening(split: Any, backbone: Any) -> list[str]:
         f"readout: {backbone.readout}",
     ]
     return lines + [f"note: {note}" for note in backbone.notes]
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "numpy", "scikit-learn")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rocoft.files import replacing
 
 FORMAT = "ntk-kernels-1"
 AXES = "(n, m, c, d): K[i, j] is the c x c block of two examples; (n, m) if reduced"
@@ -69,27 +69,17 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Write to a temporary name beside the file, then rename."""
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, or say why not."""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise StorageError(
-            f"{str(path.parent)!r} cannot be written to: {error.strerror}. Choose "
-            "another folder with --output."
-        ) from error
-    part = Path(name)
-    try:
-        write(part)
-        # Temporary files are their owner's alone; results are not.
-        part.chmod(0o644)
-        part.replace(path)
+        with replacing(path) as part:
+            write(part)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise StorageError(f"{str(path)!r} could not be written: {reason}.") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise StorageError(
+            f"{str(path)!r} could not be written: {reason}. Make room, or choose "
+            "another folder with --output."
+        ) from error
 
 
 def finite(value: Any) -> Any:

@@ -17,8 +17,13 @@ def replacing(path: Path) -> Iterator[Path]:
         Where to write.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        # Some libraries make files that are their owner's alone; results are not.
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -301,9 +301,13 @@ def count_parameters(model: nn.Module, start: nn.Module) -> dict[str, int]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that results depend on."""
-    names = ("rocoft-ntk", "torch", "transformers", "peft", "accelerate")
+def versions(*others: str) -> dict[str, str]:
+    """Return the versions of the libraries that results depend on.
+
+    Args:
+        *others: Names of more libraries.
+    """
+    names = ("rocoft-ntk", "torch", "transformers", "peft", "accelerate", *others)
     return {name: importlib.metadata.version(name) for name in names}
 
 

@@ -94,7 +94,7 @@ def test_missing_file(tmp_path):
 def test_folders_that_cannot_be_written_to(tmp_path, kernels):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "k", tmp_path / "absent" / "k"):
-        with pytest.raises(StorageError, match=r"cannot be written to.*--output"):
+        with pytest.raises(StorageError, match=r"could not be written.*--output"):
             save_kernels(place, kernels, HEADER)
 
 
