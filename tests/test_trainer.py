@@ -121,7 +121,7 @@ def test_one_step_is_the_optimizer_by_hand(folder, split):
     (batch,), order = backbone.encode(split.train, len(split.train))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.0)
     labels = torch.tensor([split.train[i].label for i in order])
-    # The loss is taken in float32.
+    # The loss of a float32 model is in float32.
     F.cross_entropy(module(**batch).logits.float(), labels).backward()
     optimizer.step()
     for (name, found), expected in zip(
