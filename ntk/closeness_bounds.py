@@ -138,9 +138,9 @@ def flow_bounds(
         strength: lambda, at least 0.
         time: t; infinite for bounds that hold at all times and where the flow ends.
         scale: rho, see `ntk.closed_form.loss_scale`; the default is the paper's.
-        along_path: Whether the constants hold at every point of the fine-tuning and
-            between these and theta0, as where they were measured there, so that it
-            does not matter whether a ball contains it.
+        along_path: Whether the caller vouches that the constants hold at every point
+            of the fine-tuning and between these and theta0, so that it does not matter
+            whether a ball contains it.
 
     Returns:
         The bounds.

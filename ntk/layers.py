@@ -4,6 +4,8 @@
     python -m ntk.layers --task sst2 --data-dir DATA --space rows:3 --budget 40000p
     python -m ntk.layers --tasks sst2 cola --data-dir DATA --verify --subsets 18
 
+Other tasks' data or another protocol are another study, with a --name of its own.
+
 The kernels of all layers on the training examples, and what rules choose by them. With
 --verify and --subsets layers are fine-tuned too, to see whether the ranking held.
 Stopped at any moment, the same command goes on with what is missing.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ntk.layer_budget import Budget
 from ntk.layers_records import (
     HEAD,
+    LAYERS,
     Split,
     check_layers,
     fine_tuning_records,
@@ -30,12 +31,11 @@ from ntk.study_options import (
     cells,
     refuse_repeated,
 )
+from ntk.study_order import FINE_TUNING
 from rocoft.architecture import SelectionError
 from rocoft.tasks import TaskError
 
 SEEDS = (13, 21, 42)
-LAYERS = "layers"
-FINE_TUNING = "finetune"
 
 
 def build_layers_parser() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def build_layers_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="TASK",
-        help="the same as --tasks",
+        help="the same as --tasks, which is its name in --config",
     )
     add_fine_tuning_options(parser, choose_lr=False)
     add_work_options(parser, LAYERS)

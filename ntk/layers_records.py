@@ -16,6 +16,7 @@ from ntk.calibration import calibrate
 from ntk.kernel import gram_matrix
 from ntk.layer_selection import starting_residual
 from ntk.layerwise import LayerKernel, layer_kernels, layer_spaces
+from ntk.maps import LowRank, Maps
 from ntk.notation import parse_space
 from ntk.protocol import Examples, Protocol, description
 from ntk.resolution import resolve
@@ -28,6 +29,8 @@ from rocoft.trainer import fine_tune
 
 HEAD = "head"
 """The group of `layerwise.layer_spaces`, and the method that tunes no layer."""
+LAYERS = "layers"
+"""Kind of records of kernels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +114,17 @@ def check_layers(protocol: Protocol, cell: Cell, space: str) -> dict[str, int]:
             f"{', '.join(parts)} alone. Give one of weights in the blocks, such as "
             "lora:8, rows:3 or full."
         )
+    return {layer: _trained(found, architecture) for layer, found in maps.items()}
+
+
+def _trained(maps: Maps, architecture: Architecture) -> int:
+    """Return how many parameters fine-tuning trains: of LoRA it is A as well as B."""
     shape = lambda name: architecture.parameters[name].shape
-    return {
-        layer: sum(m.size(shape(name)) for name, own in found.items() for m in own)
-        for layer, found in maps.items()
-    }
+    return sum(
+        m.size(shape(name)) + (m.rank * m.of.inputs if isinstance(m, LowRank) else 0)
+        for name, own in maps.items()
+        for m in own
+    )
 
 
 def layer_records(
@@ -146,6 +155,9 @@ def layer_records(
         if backbone.readout != "head":
             found.pop(HEAD, None)
         kept = {n: each for n, each in found.items() if n.isdigit() or n == HEAD}
+        parts = layer_spaces(backbone.module, space)
+        maps = resolve({n: parts[n] for n in kept}, backbone.module)
+        architecture = Architecture(backbone.module)
         records.append(
             {
                 **description(backbone, split),
@@ -153,7 +165,7 @@ def layer_records(
                 "reduction": reduction,
                 "train_labels": data.labels.tolist(),
                 "own_outputs": data.f0.tolist(),
-                "parameters": {n: each.parameters for n, each in kept.items()},
+                "parameters": {n: _trained(maps[n], architecture) for n in kept},
                 "kernels": {
                     n: _triangle(data.sorted(each.kernel)) for n, each in kept.items()
                 },

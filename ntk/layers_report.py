@@ -273,7 +273,8 @@ def _best(part: Part, kind: str) -> str:
         if row["low"] is not None:
             text += f" [{number(row['low'], RHO)}, {number(row['high'], RHO)}]"
         texts.append(text)
-    place = [row["predictor"] for row in ranked].index(PREDICTED) + 1 if ranked else 0
+    names = [row["predictor"] for row in ranked]
+    place = names.index(PREDICTED) + 1 if PREDICTED in names else 0
     if not place:
         return ""
     mean = f"mean of {len(tasks)} tasks" if tasks[1:] else tasks[0]

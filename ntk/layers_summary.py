@@ -22,7 +22,7 @@ from ntk.layers_correlation import (
     rank_correlation,
 )
 from ntk.layers_predictors import PREDICTORS, SIZE, explained, gradient_norm, predictors
-from ntk.layers_records import HEAD, Split
+from ntk.layers_records import HEAD, LAYERS, Split
 from ntk.layers_subsets import (
     BASELINES,
     RANDOM,
@@ -85,11 +85,11 @@ def collect(
     groups: dict[tuple[str, int], dict[int, _Seed]] = defaultdict(dict)
     tuned: dict[Any, dict[str, float]] = defaultdict(dict)
     for key, record in there:
-        if key.kind != "layers":
+        if key.kind != LAYERS:
             score = record["test"][record["metric"]]
             tuned[key.cell][key.subject] = score
     for key, record in there:
-        if key.kind == "layers":
+        if key.kind == LAYERS:
             split = Split.of(record)
             seed = _Seed(split, choice(split), tuned[key.cell])
             groups[key.cell.task, key.cell.shots][key.cell.seed] = seed
@@ -127,11 +127,11 @@ def collect(
             rhos = rank_correlation(own, scores), rank_correlation(own, scores, size)
             correlations.append({**where, **_correlation(name, rhos, drawn)})
     correlations += _over_tasks(correlations, draws)
-    kernels = [record for key, record in there if key.kind == "layers"]
+    kernels = [record for key, record in there if key.kind == LAYERS]
     summary = {
         **overview(
-            [key for key, _ in records if key.kind == "layers"],
-            [pair for pair in there if pair[0].kind == "layers"],
+            [key for key, _ in records if key.kind == LAYERS],
+            [pair for pair in there if pair[0].kind == LAYERS],
             command,
             settings,
         ),

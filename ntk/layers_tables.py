@@ -63,7 +63,11 @@ def parts(summary: Mapping[str, Any]) -> list[Part]:
         Part(
             f"{shots} shots",
             str(shots),
-            list(summary["tasks"]),
+            [
+                task
+                for task in summary["tasks"]
+                if select(summary["layers"], task=task, shots=shots)
+            ],
             {
                 field: select(summary[field], shots=shots)
                 for field in (*FIELDS, "differences")
@@ -268,7 +272,7 @@ def _noise(part: Part) -> Grid:
 def _subsets(part: Part, task: str) -> Grid:
     own = part.rows("subsets", task=task)
     own = sorted(own, key=lambda row: -(row["score"]["mean"] or 0))
-    depth = max((len(row["layers"]) for row in own), default=0)
+    depth = sum(r["layer"] != HEAD for r in part.rows("layers", task=task))
     rows = [
         [
             ALL if len(row["layers"]) == depth > 1 else ", ".join(row["layers"]),

@@ -234,7 +234,7 @@ def bounds(
     """
     targets = _one_hot(labels, linear.start(batches))
     residual = float((linear.start(batches).double() - targets).norm())
-    left = float((torch.tensor(record["outputs"]["tuned"]).double() - targets).norm())
+    left = float((targets.new_tensor(record["outputs"]["tuned"]) - targets).norm())
     strength, scale = record["strength"], loss_scale("mean", len(labels))
     points = [fraction * delta for fraction in FRACTIONS]
     constants = exact_lipschitz(linear, batches, points)

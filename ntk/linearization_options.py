@@ -36,8 +36,9 @@ def build_linearization_parser() -> argparse.ArgumentParser:
         "(lambda / 2) ||theta - theta0||^2, beside its linearisation trained with the "
         "same lambda, learning rate, steps and order of examples, both without "
         "dropout and to the end; how far both move and how far they are apart. What is "
-        "done is kept: the same command goes on where it was stopped, and more of "
-        "everything can be added.",
+        "done is kept: the same command goes on where it was stopped, and more tasks, "
+        "shots, seeds, lambdas and methods can be added; other settings, --lrs among "
+        "them, need another --name.",
         epilog="A METHOD is that of python -m rocoft.train. Exit codes: 0 done, 1 some "
         "records failed, 2 bad input, 130 interrupted.",
         allow_abbrev=False,

@@ -204,10 +204,21 @@ def _explained(group: Row) -> str:
     point = points[-1] if found is None else found
     gap = write(point["relative_gap"], PERCENT)
     if found is None:
+        within = [
+            f"{p['strength']:g}"
+            for p in points
+            if p["relative_gap"]["mean"] is not None
+            and p["relative_gap"]["mean"] <= EXPLAINED
+        ]
+        first = "at no lambda does the linearised model explain fine-tuning"
+        if within:
+            first = (
+                "the linearised model explains fine-tuning at lambda = "
+                f"{', '.join(within)} but not from there on"
+            )
         text = (
-            "at no lambda does the linearised model explain fine-tuning: at lambda = "
-            f"{point['strength']:g} their logits still differ by {gap} % of the change "
-            "that fine-tuning makes"
+            f"{first}: at lambda = {point['strength']:g} their logits still differ by "
+            f"{gap} % of the change that fine-tuning makes"
         )
     else:
         text = (
@@ -229,7 +240,7 @@ def _explained(group: Row) -> str:
 def _slopes(group: Row) -> str:
     """Return how movement and gap fall with lambda, beside theory."""
     slopes = {name: group["slopes"][name] for name in ("movement", "gap")}
-    if None in (slopes["movement"]["strongest"], slopes["gap"]["strongest"]):
+    if any(None in row.values() for row in slopes.values()):
         return ""
     words = []
     for which, where in (("over_all", "all"), ("strongest", "the largest")):
@@ -286,11 +297,14 @@ def _bounds(group: Row) -> Iterator[str]:
             if value is not None and measured
         ]
         held = sum(row["held"] for row in rows)
-        words.append(
+        text = (
             f"{each.title} (of the {each.of}) holds in {held} of {compared} trainings "
-            f"that meet its conditions and is {number(min(ratios), PLAIN)} to "
-            f"{number(max(ratios), PLAIN)} times as large"
+            "that meet its conditions"
         )
+        if ratios:
+            low, high = (number(end(ratios), PLAIN) for end in (min, max))
+            text += f" and is {low} to {high} times as large"
+        words.append(text)
     if words:
         yield f"bounds: {'; '.join(words)}."
     if nothing:
@@ -317,14 +331,19 @@ def _remarks(summary: Summary) -> Iterator[str]:
 
 
 def _of_part(part: Part) -> Iterator[str]:
-    group = part.groups[0]
-    seeds, examples = len(group["points"][-1]["seeds"]), group["examples"][0]
-    yield (
-        f"{part.title}: {group['parameters']} trained parameters, {group['steps']} "
-        f"steps of {min(group['batch'], examples)} of {examples} training examples, "
-        f"without dropout and to the end, {seeds} {'seeds' if seeds > 1 else 'seed'}. "
-        f"lambda is of the mean loss; of the sum it would be {examples} times as large."
-    )
+    facts: dict[tuple[int, ...], list[str]] = {}
+    for group in part.groups:
+        seeds = len({seed for point in group["points"] for seed in point["seeds"]})
+        own = (group["parameters"], group["steps"], group["batch"])
+        facts.setdefault((*own, group["examples"][0], seeds), []).append(group["task"])
+    for (parameters, steps, batch, examples, seeds), tasks in facts.items():
+        which = f", {', '.join(tasks)}" if len(facts) > 1 else ""
+        yield (
+            f"{part.title}{which}: {parameters:,} trained parameters, {steps} steps of "
+            f"{min(batch, examples)} of {examples} training examples, without dropout "
+            f"and to the end, {seeds} {'seeds' if seeds > 1 else 'seed'}. lambda is of "
+            f"the mean loss; of the sum it would be {examples} times as large."
+        )
     short = {
         f"{point['strength']:g}"
         for group in part.groups
@@ -339,5 +358,5 @@ def _of_part(part: Part) -> Iterator[str]:
             f"{', '.join(sorted(short, key=float))}; there slopes and bounds of "
             "minimisers need not show."
         )
-    if group["loss"] != "squared":
+    if part.groups[0]["loss"] != "squared":
         yield f"{part.title}: no bound is claimed; bounds are of squared loss."

@@ -198,6 +198,16 @@ def _bound(name: str, by_seed: Mapping[int, Record], free: Mapping[int, Record])
         for m, v in zip(measured, values, strict=True)
         if m is not None and v is not None
     ]
+    if pairs:
+        # The means stand beside each other, so they are over the same seeds.
+        known = [
+            m is not None and v is not None
+            for m, v in zip(measured, values, strict=True)
+        ]
+        measured, values = (
+            [x if both else None for x, both in zip(several, known, strict=True)]
+            for several in (measured, values)
+        )
     return {
         "value": spread(values),
         "measured": spread(measured),

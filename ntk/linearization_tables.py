@@ -223,8 +223,9 @@ def _bounds(group: Row) -> Grid:
         f"{group['task']}, bounds by lambda",
         "What is bounded ≤ its bound, on the training examples; mean over seeds. "
         "Constants are the largest at the start, half-way and at the end of the "
-        "straight way of fine-tuning, whose length is the radius of lambda_0; between "
-        "these points they are taken to hold. Published bounds are of the distance to "
+        "straight way of fine-tuning, whose length is the radius of lambda_0; that "
+        "they hold between these points, and under flow along the whole path, is "
+        "assumed and not checked. Published bounds are of the distance to "
         "a linear twin without a penalty."
         + ("" if shown else " None of them holds its conditions here."),
         ["lambda", "lambda_0", *columns],

@@ -166,8 +166,8 @@ def test_layers_are_those_of_the_definition(study, by_definition):
     for name, layer in split.layers.items():
         expected = by_definition.kernels[int(name)]
         np.testing.assert_allclose(layer.kernel, expected, rtol=1e-9, atol=1e-12)
-        # Query, key, value, output, both of the feed-forward network: B alone moves.
-        assert layer.parameters == 2 * (16 * 4 + 24 + 16)
+        # Query, key, value, output, both of the feed-forward network; B and A.
+        assert layer.parameters == 2 * (16 * 4 + 24 + 16) + 2 * (16 * 4 + 16 + 24)
     np.testing.assert_allclose(split.base, by_definition.base, rtol=1e-9)
     np.testing.assert_allclose(split.residual[:, 0], by_definition.r, rtol=1e-9)
     np.testing.assert_allclose(split.labels[:, 0], by_definition.labels, rtol=1e-12)
@@ -187,7 +187,7 @@ def test_predictors_are_those_of_plain_formulas(study, by_definition, chosen):
         "condition number": (values[0] + own) / (values[-1] + own),
         "largest eigenvalue": values[0],
         "trace": np.trace(K),
-        "parameters": 208 * len(chosen),
+        "parameters": 416 * len(chosen),
         "gradient norm": np.sqrt(by_definition.r @ K @ by_definition.r),
     }
     H = K @ np.linalg.inv(K + s * np.eye(k))
@@ -280,7 +280,7 @@ def test_rules_choose_within_the_budget(study, by_definition):
     assert all(
         len(each) == 2 for row in rows.values() for s in row["chosen"] for each in s
     )
-    assert {row["parameters"]["mean"] for row in rows.values()} == {416}
+    assert {row["parameters"]["mean"] for row in rows.values()} == {832}
 
 
 # Sets of layers.
@@ -514,7 +514,7 @@ def test_the_report_says_what_was_found(study):
 
 
 def test_without_fine_tuning_the_ranking_is_told(study):
-    choice = Choice(SPACE, Budget(parameters=300))
+    choice = Choice(SPACE, Budget(parameters=600))
     kernels = [(k, r) for k, r in study.records.items() if k.kind == "layers"]
     summary = collect(kernels, "command", {}, choice)
     assert summary["noise"] == summary["correlations"] == summary["held"] == []

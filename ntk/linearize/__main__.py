@@ -1,7 +1,7 @@
 """When does the linearised model explain fine-tuning?
 
     python -m ntk.linearize
-    python -m ntk.linearize --tasks cola sst2 --data-dir DATA --jobs 2
+    python -m ntk.linearize --tasks cola sst2 --data-dir DATA --jobs 2 --name tasks
     python -m ntk.linearize --methods rows:3 full --lambdas 0 0.1 1 10
 
 Fine-tuning held near its start by lambda, against the linearised model trained with the
