@@ -9,7 +9,8 @@ random choice. Stopped at any moment, the same command goes on with what is miss
 """
 
 from ntk.ablation_options import build_ablation_parser, units
-from ntk.ablation_report import summary_lines, tables, write_ablation
+from ntk.ablation_plots import draw_figures
+from ntk.ablation_report import report_page, tables
 from ntk.ablation_summary import collect
 from ntk.study_command import StudyCommand
 
@@ -19,8 +20,8 @@ main = StudyCommand(
     units=units,
     collect=collect,
     tables=tables,
-    lines=summary_lines,
-    write=write_ablation,
+    page=report_page,
+    figures=draw_figures,
     settings={"study": "ablation"},
 )
 

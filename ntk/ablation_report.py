@@ -6,7 +6,6 @@ that was stopped and taken up again has the same report.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -14,7 +13,6 @@ from scipy import stats
 
 from ntk.ablation import ALL, AXES
 from ntk.ablation_gains import RANDOM
-from ntk.ablation_plots import draw_figures
 from ntk.ablation_summary import collect
 from ntk.ablation_tables import (
     GAIN,
@@ -27,15 +25,13 @@ from ntk.ablation_tables import (
     total,
 )
 from ntk.study_grids import Form, number, parted, write
-from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran, write_page
+from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran
 from ntk.study_scores import Row
 
 __all__ = [
     "collect",
     "report_page",
-    "summary_lines",
     "tables",
-    "write_ablation",
 ]
 
 Summary = Mapping[str, Any]
@@ -143,15 +139,6 @@ def tables(summary: Summary) -> list[Table]:
     ]
 
 
-def summary_lines(summary: Summary) -> list[str]:
-    """Return what was found, as sentences, each with how far it can be trusted.
-
-    Args:
-        summary: As `ablation_summary.collect` returns it.
-    """
-    return [*_answers(summary), *_remarks(summary)]
-
-
 def report_page(summary: Summary) -> Page:
     """Return what the report says.
 
@@ -177,23 +164,6 @@ def report_page(summary: Summary) -> Page:
         captions=CAPTIONS,
         words=WORDS,
     )
-
-
-def write_ablation(summary: Summary, folder: Path) -> dict[str, Path]:
-    """Write report.json, report.md, report.html and the figures, each whole or not.
-
-    Args:
-        summary: As `ablation_summary.collect` returns it.
-        folder: Where, made if it does not exist.
-
-    Returns:
-        The files: ``json``, ``markdown``, ``html``, and figures as ``gain-16.svg``.
-
-    Raises:
-        StorageError: If the folder cannot be written to.
-    """
-    page = report_page(summary)
-    return write_page(page, summary, draw_figures(summary), folder)
 
 
 def verdict(over: Row) -> str:

@@ -10,7 +10,8 @@ parameters. Stopped at any moment, the same command goes on with what is missing
 
 from ntk.evaluate_options import build_evaluation_parser, units
 from ntk.study_command import StudyCommand
-from ntk.study_report import summary_lines, tables, write_study
+from ntk.study_figures import draw_figures
+from ntk.study_report import report_page, tables
 from ntk.study_summary import collect
 
 main = StudyCommand(
@@ -19,8 +20,8 @@ main = StudyCommand(
     units=units,
     collect=collect,
     tables=tables,
-    lines=summary_lines,
-    write=write_study,
+    page=report_page,
+    figures=draw_figures,
 )
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ Stopped at any moment, the same command goes on with what is missing.
 """
 
 from ntk.layers_options import build_layers_parser, choice, fine_tuning_units, units
-from ntk.layers_report import summary_lines, tables, write_layers
+from ntk.layers_plots import draw_figures
+from ntk.layers_report import report_page, tables
 from ntk.layers_summary import collect
 from ntk.study_command import StudyCommand
 
@@ -24,8 +25,8 @@ main = StudyCommand(
     collect=collect,
     report=lambda options: {"choice": choice(options)},
     tables=tables,
-    lines=summary_lines,
-    write=write_layers,
+    page=report_page,
+    figures=draw_figures,
     settings={"study": "layers"},
 )
 

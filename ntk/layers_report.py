@@ -5,12 +5,11 @@ was stopped and taken up again has the same report.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ntk.layers_plots import GOAL, draw_figures
+from ntk.layers_plots import GOAL
 from ntk.layers_predictors import PREDICTORS
 from ntk.layers_predictors import TARGET_AWARE as PREDICTED
 from ntk.layers_subsets import RANDOM, TARGET_AWARE
@@ -27,7 +26,7 @@ from ntk.layers_tables import (
     scores_of_rules,
 )
 from ntk.study_grids import Grid, narrow, number, parted, write
-from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran, write_page
+from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran
 from ntk.study_scores import Row, across
 
 Summary = Mapping[str, Any]
@@ -104,15 +103,6 @@ def tables(summary: Summary) -> list[Table]:
     ]
 
 
-def summary_lines(summary: Summary) -> list[str]:
-    """Return what was found, as sentences, each with how far it can be trusted.
-
-    Args:
-        summary: As `layers_summary.collect` returns it.
-    """
-    return [*_answers(summary), *_remarks(summary)]
-
-
 def report_page(summary: Summary) -> Page:
     """Return what the report says.
 
@@ -138,23 +128,6 @@ def report_page(summary: Summary) -> Page:
         captions=CAPTIONS,
         words=WORDS,
     )
-
-
-def write_layers(summary: Summary, folder: Path) -> dict[str, Path]:
-    """Write report.json, report.md, report.html and the figures, each whole or not.
-
-    Args:
-        summary: As `layers_summary.collect` returns it.
-        folder: Where, made if it does not exist.
-
-    Returns:
-        The files: ``json``, ``markdown``, ``html``, and figures as ``layers-16.svg``.
-
-    Raises:
-        StorageError: If the folder cannot be written to.
-    """
-    page = report_page(summary)
-    return write_page(page, summary, draw_figures(summary), folder)
 
 
 def _answers(summary: Summary) -> Iterator[str]:

@@ -5,13 +5,11 @@ study that was stopped and taken up again has the same report.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from ntk.linearization import BOUNDED
-from ntk.linearization_plots import draw_figures
 from ntk.linearization_tables import (
     PERCENT,
     PLAIN,
@@ -29,7 +27,6 @@ from ntk.study_pages import (
     Section,
     terminal_table,
     what_ran,
-    write_page,
 )
 from ntk.study_scores import Row
 
@@ -115,15 +112,6 @@ def tables(summary: Summary) -> list[Table]:
     ]
 
 
-def summary_lines(summary: Summary) -> list[str]:
-    """Return what was found, as sentences, each with how far it can be trusted.
-
-    Args:
-        summary: As `linearization_summary.collect` returns it.
-    """
-    return [*_answers(summary), *_remarks(summary)]
-
-
 def report_page(summary: Summary) -> Page:
     """Return what the report says.
 
@@ -149,23 +137,6 @@ def report_page(summary: Summary) -> Page:
         captions=CAPTIONS,
         words=WORDS,
     )
-
-
-def write_linearization(summary: Summary, folder: Path) -> dict[str, Path]:
-    """Write report.json, report.md, report.html and the figures, each whole or not.
-
-    Args:
-        summary: As `linearization_summary.collect` returns it.
-        folder: Where, made if it does not exist.
-
-    Returns:
-        The files: ``json``, ``markdown``, ``html``, and figures.
-
-    Raises:
-        StorageError: If the folder cannot be written to.
-    """
-    page = report_page(summary)
-    return write_page(page, summary, draw_figures(summary), folder)
 
 
 def explained_from(group: Row) -> Row | None:

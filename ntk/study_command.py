@@ -5,9 +5,9 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +15,7 @@ from ntk.options import parse_options
 from ntk.protocol import Protocol
 from ntk.study import Key, Record, Study, Unit
 from ntk.study_options import protocol
+from ntk.study_pages import Page, write_page
 from rocoft.console import progress_bar, quiet_libraries
 
 FAILED = 1
@@ -35,8 +36,8 @@ class StudyCommand:
         collect: From the records, the command, the settings and what `report` returns
             to the summary.
         tables: Of a summary, for a terminal.
-        lines: Of a summary, sentences.
-        write: Writes the report of a summary to a folder and returns its files.
+        page: Of a summary, what its report says.
+        figures: Of a summary, by name.
         settings: What the study's folder holds beside the protocol's settings.
         then: From the options, the protocol and the study with its first records to the
             work that depends on these.
@@ -49,8 +50,8 @@ class StudyCommand:
     units: Callable[[argparse.Namespace, Protocol], list[Unit]]
     collect: Callable[..., Summary]
     tables: Callable[[Summary], list[Table]]
-    lines: Callable[[Summary], list[str]]
-    write: Callable[[Summary, Path], dict[str, Path]]
+    page: Callable[[Summary], Page]
+    figures: Callable[[Summary], dict[str, Figure]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     then: Callable[[argparse.Namespace, Protocol, Study], list[Unit]] | None = None
     report: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda options: {}
@@ -101,9 +102,10 @@ class StudyCommand:
             )
         command = shlex.join(["python", "-m", self.module, *given])
         summary = self.collect(records, command, settings, **self.report(options))
-        files = self.write(summary, study.folder)
+        page = self.page(summary)
+        files = write_page(page, summary, self.figures(summary), study.folder)
         if not options.quiet:
-            self._show(summary, str(files["html"]))
+            self._show(summary, page, str(files["html"]))
         return failed
 
     @staticmethod
@@ -114,10 +116,10 @@ class StudyCommand:
         with progress_bar(options.quiet) as progress:
             return study.run(work, options.jobs, progress)
 
-    def _show(self, summary: Summary, report: str) -> None:
+    def _show(self, summary: Summary, page: Page, report: str) -> None:
         console = Console(width=None if sys.stdout.isatty() else 110)
         for table in self.tables(summary):
             console.print(table)
-        for line in self.lines(summary):
+        for line in page.lines:
             console.print(line, highlight=False, markup=False)
         console.print(f"report: {report}", highlight=False, soft_wrap=True)

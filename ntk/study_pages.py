@@ -60,6 +60,11 @@ class Page:
     captions: Mapping[str, tuple[str, str]]
     words: Mapping[str, str]
 
+    @property
+    def lines(self) -> list[str]:
+        """What was found, as sentences, each with how far it can be trusted."""
+        return [*self.answers, *self.remarks]
+
 
 def what_ran(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return what a study's summary says of the command, the model and the settings.
@@ -100,7 +105,7 @@ def markdown(page: Page) -> str:
         page: What it says.
     """
     lines = [f"# {escape(page.title)}", "", page.question, ""]
-    lines += [f"- {escape(line)}" for line in (*page.answers, *page.remarks)]
+    lines += [f"- {escape(line)}" for line in page.lines]
     for section in page.sections:
         lines += ["", f"## {escape(section.title)}"]
         for grid in section.grids:

@@ -6,14 +6,12 @@ was stopped and taken up again has the same report.
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ntk.study_figures import draw_figures
 from ntk.study_grids import Column, Form, narrow, parted, write
-from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran, write_page
+from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran
 from ntk.study_scores import Row, across
 from ntk.study_summary import FEW_ROWS, collect, select
 from ntk.study_tables import Part, grids, kernel_scores, parts, tuned_scores
@@ -21,9 +19,7 @@ from ntk.study_tables import Part, grids, kernel_scores, parts, tuned_scores
 __all__ = [
     "collect",
     "report_page",
-    "summary_lines",
     "tables",
-    "write_study",
 ]
 
 Summary = Mapping[str, Any]
@@ -127,15 +123,6 @@ def tables(summary: Summary) -> list[Table]:
     ]
 
 
-def summary_lines(summary: Summary) -> list[str]:
-    """Return what was found, as sentences, each with how far it can be trusted.
-
-    Args:
-        summary: As `study_summary.collect` returns it.
-    """
-    return [*_answers(summary), *_remarks(summary)]
-
-
 def report_page(summary: Summary) -> Page:
     """Return what the report says.
 
@@ -156,23 +143,6 @@ def report_page(summary: Summary) -> Page:
         captions=CAPTIONS,
         words=WORDS,
     )
-
-
-def write_study(summary: Summary, folder: Path) -> dict[str, Path]:
-    """Write report.json, report.md, report.html and the figures, each whole or not.
-
-    Args:
-        summary: As `study_summary.collect` returns it.
-        folder: Where, made if it does not exist.
-
-    Returns:
-        The files: ``json``, ``markdown``, ``html``, and figures as ``scores-16.svg``.
-
-    Raises:
-        StorageError: If the folder cannot be written to.
-    """
-    page = report_page(summary)
-    return write_page(page, summary, draw_figures(summary), folder)
 
 
 def _answers(summary: Summary) -> Iterator[str]:

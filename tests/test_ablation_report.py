@@ -19,14 +19,12 @@ from ntk.ablation_report import (
     QUESTION,
     collect,
     report_page,
-    summary_lines,
     tables,
     verdict,
-    write_ablation,
 )
 from ntk.drawing import to_svg
 from ntk.study import Cell, Key
-from ntk.study_pages import html, markdown
+from ntk.study_pages import html, markdown, write_page
 from ntk.study_summary import select
 
 COMMAND = "python -m ntk.ablate --tasks sst2 trec"
@@ -34,6 +32,11 @@ SETTINGS = {"study": "ablation", "model": None}
 TASKS, SEEDS, COUNTS, DRAWS = ("sst2", "trec"), (13, 21, 42), (1, 4, 16), 4
 STRATEGIES = ("first", "random", "max", "activation", "gradient")
 LAYERS = ("layer 0", "layer 1", "layer 10")
+
+
+def written(summary, folder):
+    """Return the files of a report, as the command writes it."""
+    return write_page(report_page(summary), summary, draw_figures(summary), folder)
 
 
 def view(distance, score):
@@ -317,7 +320,7 @@ def test_what_is_missing_is_said_and_left_out(made):
     assert row["over_counts"]["splits"] == 2
     kept = differences(made, "raw", "rows", 4, "max", "sst2", (13, 42))
     assert row["gain"][1] == pytest.approx(np.mean(kept), rel=1e-5)
-    assert any("1 is missing" in line for line in summary_lines(summary))
+    assert any("1 is missing" in line for line in report_page(summary).lines)
 
 
 def test_equal_random_selections_have_no_spread_to_measure_by(made):
@@ -357,7 +360,7 @@ def test_reports_of_a_part(made, kind, tmp_path):
     """One kind of records alone, or none at all."""
     some = [(k, r if k.kind == kind else None) for k, r in made]
     summary = collect(some, COMMAND, SETTINGS)
-    files = write_ablation(summary, tmp_path)
+    files = written(summary, tmp_path)
     Page(files["html"].read_text())
     assert summary["records"]["there"] == sum(r is not None for _, r in some)
     expected = {
@@ -372,7 +375,7 @@ def test_without_random_selections_there_is_no_verdict(made):
     some = [(k, r) for k, r in made if "random" not in k.subject]
     summary = collect(some, COMMAND, SETTINGS)
     assert all(row["over_counts"]["gain"] is None for row in summary["gains"])
-    assert not any("spread" in line for line in summary_lines(summary))
+    assert not any("spread" in line for line in report_page(summary).lines)
     assert draw_figures(summary)
 
 
@@ -397,10 +400,10 @@ def test_the_question_is_answered_in_numbers(made):
             record = {**record, "body": view(0.01, 0.99)}
         better.append((key, record))
     summary = collect(better, COMMAND, SETTINGS)
-    answer, *_ = summary_lines(summary)
+    answer, *_ = report_page(summary).lines
     names = "(gradient of rows, gradient of columns, gradient of both)"
     assert f"by the distance, best scale 3 of 9 {names}" in answer
-    lines = " ".join(summary_lines(summary))
+    lines = " ".join(report_page(summary).lines)
     (row,) = select(
         summary["gains"],
         measure="rescaled",
@@ -496,7 +499,7 @@ def test_of_many_tasks_the_mean_is_drawn():
 def test_the_same_records_give_the_same_files(made, tmp_path):
     some = [(k, r) for k, r in made if r.get("axis", "rows") == "rows"]
     summary = collect(some, COMMAND, SETTINGS)
-    one = write_ablation(summary, tmp_path / "one")
-    other = write_ablation(summary, tmp_path / "other")
+    one = written(summary, tmp_path / "one")
+    other = written(summary, tmp_path / "other")
     for kind, file in one.items():
         assert file.read_bytes() == other[kind].read_bytes(), kind

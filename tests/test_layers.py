@@ -26,7 +26,7 @@ from ntk.layers_correlation import (
 from ntk.layers_options import build_layers_parser, fine_tuning_units, units
 from ntk.layers_predictors import PREDICTORS, explained, predictors
 from ntk.layers_records import Split
-from ntk.layers_report import report_page, summary_lines, tables
+from ntk.layers_report import report_page, tables
 from ntk.layers_subsets import Choice, layers_of, method_of, spread_subsets
 from ntk.layers_summary import collect
 from ntk.options import parse_options
@@ -500,7 +500,7 @@ def test_the_report_says_what_was_found(study):
     for name in ("layers-4", "scores-4", "correlations-4", "sets-4"):
         assert f'id="figure-{name}"' in page
         assert (study.folder / "figures" / f"{name}.png").stat().st_size > 5000
-    lines = summary_lines(study.report)
+    lines = report_page(study.report).lines
     assert any("the target-aware rule chooses layers" in line for line in lines)
     assert any("differ by more than noise" in line for line in lines)
     assert any("the target-aware score is number" in line for line in lines)
@@ -526,9 +526,9 @@ def test_without_fine_tuning_the_ranking_is_told(study):
     for row in summary["rules"]:
         assert all(len(each) == 1 for sets in row["chosen"] for each in sets)
     missing = collect([(kernels[0][0], None), *kernels[1:]], "command", {}, choice)
-    assert "Of 4 records 1 is missing" in "\n".join(summary_lines(missing))
+    assert "Of 4 records 1 is missing" in "\n".join(report_page(missing).lines)
     empty = collect([(key, None) for key, _ in kernels], "command", {}, choice)
-    assert summary_lines(empty) == ["There are no records yet."]
+    assert report_page(empty).lines == ["There are no records yet."]
     assert report_page(empty).sections == []
 
 

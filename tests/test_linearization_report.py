@@ -16,14 +16,17 @@ from ntk.linearization_report import (
     QUESTION,
     explained_from,
     report_page,
-    summary_lines,
     tables,
-    write_linearization,
 )
 from ntk.linearization_summary import MEASURES, collect
 from ntk.linearization_tables import parts
 from ntk.study import Cell, Key
-from ntk.study_pages import html, markdown
+from ntk.study_pages import html, markdown, write_page
+
+
+def written(summary, folder):
+    """Return the files of a report, as the command writes it."""
+    return write_page(report_page(summary), summary, draw_figures(summary), folder)
 
 
 def made(tasks=("cola", "sst2"), seeds=(13, 21, 42), loss="squared"):
@@ -117,7 +120,7 @@ def test_few_lambdas_have_no_slope():
     few = [(k, r) for k, r in made() if r["strength"] in {0.0, 1.0, 10.0}]
     summary = collect(few, COMMAND, {})
     assert summary["groups"][0]["slopes"]["gap"]["over_all"] is None
-    assert "powers of lambda" not in " ".join(summary_lines(summary))
+    assert "powers of lambda" not in " ".join(report_page(summary).lines)
 
 
 def test_a_free_twin_with_other_steps_is_not_compared():
@@ -151,7 +154,7 @@ def test_what_explains_is_said(summary):
     assert point["strength"] == 10.0
     never = {**group, "points": group["points"][:2]}
     assert explained_from(never) is None
-    lines = summary_lines(summary)
+    lines = report_page(summary).lines
     assert "from lambda = 10 on the linearised model explains fine-tuning" in lines[0]
     assert lines[0].startswith("sst2 (lora:8, 16 shots, squared loss, AdamW): ")
     text = " ".join(lines)
@@ -162,13 +165,13 @@ def test_what_explains_is_said(summary):
     assert "corrected, of parameters (of the parameter distance) holds in 0 of" in text
     assert "vacuous at every lambda: movement under flow, published" in text
     some = [(k, r) for k, r in made() if r["strength"] < 1]
-    (line, *_) = summary_lines(collect(some, COMMAND, {}))
+    (line, *_) = report_page(collect(some, COMMAND, {})).lines
     assert "at no lambda does the linearised model explain fine-tuning" in line
 
 
 def test_with_cross_entropy_no_bound_is_claimed():
     summary = collect(made(loss="cross_entropy"), COMMAND, {})
-    assert "no bound is claimed" in " ".join(summary_lines(summary))
+    assert "no bound is claimed" in " ".join(report_page(summary).lines)
     names = [grid.name for s in report_page(summary).sections for grid in s.grids]
     assert not [name for name in names if name.startswith(("bounds", "vacuous"))]
 
@@ -245,8 +248,8 @@ def test_figures_show_bounds_where_they_hold(summary):
 
 def test_the_same_records_give_the_same_files(tmp_path):
     summary = collect(made(tasks=("sst2",), seeds=(13,)), COMMAND, {})
-    one = write_linearization(summary, tmp_path / "one")
-    other = write_linearization(summary, tmp_path / "other")
+    one = written(summary, tmp_path / "one")
+    other = written(summary, tmp_path / "other")
     assert {"json", "markdown", "html"} <= one.keys()
     for kind, file in one.items():
         assert file.read_bytes() == other[kind].read_bytes(), kind
@@ -254,5 +257,5 @@ def test_the_same_records_give_the_same_files(tmp_path):
 
 def test_a_study_without_records_has_a_report(tmp_path):
     empty = collect([], COMMAND, {})
-    write_linearization(empty, tmp_path)
-    assert summary_lines(empty) == ["There are no records yet."]
+    written(empty, tmp_path)
+    assert report_page(empty).lines == ["There are no records yet."]

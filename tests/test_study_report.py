@@ -21,15 +21,13 @@ from ntk.study_comparison import _SCORES, _resamples, _terms, compare
 from ntk.study_figures import draw_figures
 from ntk.study_grids import KERNEL_OVER
 from ntk.study_order import order_of_subject, same_parameters
-from ntk.study_pages import html, markdown
+from ntk.study_pages import html, markdown, write_page
 from ntk.study_plots import Point, plot_change, plot_scores, styles
 from ntk.study_records import DIGITS
 from ntk.study_report import (
     collect,
     report_page,
-    summary_lines,
     tables,
-    write_study,
 )
 from ntk.study_summary import select
 from ntk.study_tables import grids, kernel_scores, parts, tuned_scores
@@ -44,6 +42,11 @@ EXAMPLES = 24
 COMMAND = "python -m ntk.evaluate --tasks sst2 mrpc trec"
 SETTINGS = {"model": None, "versions": {"torch": "2.13.0"}, "arguments": {}}
 ROUNDED = 10.0**-DIGITS * 10
+
+
+def written(summary, folder):
+    """Return the files of a report, as the command writes it."""
+    return write_page(report_page(summary), summary, draw_figures(summary), folder)
 
 
 def labels_of(task):
@@ -374,7 +377,7 @@ def test_a_score_of_zero_has_no_ratio(records):
     assert row["points"]["mean"] is not None
     over = only(summary["over_tasks"]["comparisons"], space="full", method="full")
     assert over["ratio"]["tasks"] == ["sst2", "trec"]
-    text = "\n".join(summary_lines(summary))
+    text = "\n".join(report_page(summary).lines)
     assert "mrpc, 4 shots: fine-tuning full has a score of 0 or less" in text
 
 
@@ -389,7 +392,7 @@ def test_one_seed_has_no_spread(records):
     assert row["points"]["deviation"] is None
     over = only(summary["over_tasks"]["comparisons"], space="full", method="full")
     assert over["tested"] == over["surely_reached"] == 0
-    assert "surely" not in summary_lines(summary)[0]
+    assert "surely" not in report_page(summary).lines[0]
     (grid, *_) = grids(parts(summary)[0])
     assert "±" not in "".join(cell for row in grid.rows for cell in row)
 
@@ -413,7 +416,7 @@ def test_the_answers_are_means_over_tasks(records, summary):
         assert found["standard_error"] == pytest.approx(error, rel=ROUNDED)
         assert found["tasks"] == list(CLASSES)
     reached = sum(ratio >= 0.9 for ratio in ratios)
-    first, second, *_ = summary_lines(summary)
+    first, second, *_ = report_page(summary).lines
     assert f"reaches {fmean(ratios):.3f} ± " in first
     assert "mean and standard error over 3 tasks" in first
     assert f"at least 90 % of it on {reached} of 3" in first
@@ -477,7 +480,7 @@ def test_what_is_missing_is_told(partial):
     ]
     over = only(summary["over_tasks"]["comparisons"], **pair, shots=4)
     assert over["ratio"]["tasks"] == ["sst2", "trec"]
-    text = "\n".join(summary_lines(summary))
+    text = "\n".join(report_page(summary).lines)
     assert "Of 120 records 16 are missing" in text
     assert "kernel-sgd full (seeds 42; sst2 at 4 shots, sst2 at 8 shots)" in text
     assert "finetune rows:3 (seeds 13, 21, 42; mrpc at 4 shots)" in text
@@ -494,7 +497,7 @@ def test_a_task_without_any_record_is_missing_if_it_was_asked_for(records):
 
 
 def test_a_whole_study_says_so(summary):
-    assert "All of the 72 records asked for are there." in summary_lines(summary)
+    assert "All of the 72 records asked for are there." in report_page(summary).lines
     assert summary["missing"] == []
 
 
@@ -545,7 +548,7 @@ def test_a_regression_has_a_ratio_but_no_classes_to_agree_on():
     (row,) = summary["comparisons"]
     assert row["ratio"]["mean"] == pytest.approx(0.8)
     assert row["interval"] is row["agreement"]["mean"] is None
-    text = "\n".join(summary_lines(summary))
+    text = "\n".join(report_page(summary).lines)
     assert "pearson for stsb" in text
     assert "predict the same class" not in text
     Page(html(report_page(summary), {}))
@@ -699,7 +702,7 @@ def test_tables_hold_the_numbers_of_the_summary(summary):
 def test_write_study(summary, partial, tmp_path, whole):
     summary = summary if whole else summarised(partial)
     folder = tmp_path / "new" / "study"
-    files = write_study(summary, folder)
+    files = written(summary, folder)
     kinds = ("scatter", "scores", "ratio", "growth", "change")
     names = {f"{kind}-{shots}" for kind in kinds for shots in summary["shots"]}
     assert set(files) == {"json", "markdown", "html"} | {
@@ -709,7 +712,7 @@ def test_write_study(summary, partial, tmp_path, whole):
     assert json.loads(files["json"].read_text()) == summary
     if whole:
         first = {name: path.read_bytes() for name, path in files.items()}
-        write_study(json.loads(files["json"].read_text()), folder)
+        written(json.loads(files["json"].read_text()), folder)
         assert first == {name: path.read_bytes() for name, path in files.items()}
     page = Page(files["html"].read_text())
     assert len(page.ids) == len(set(page.ids))
@@ -718,7 +721,7 @@ def test_write_study(summary, partial, tmp_path, whole):
     assert "script" not in page.tags
     assert "svg" in page.tags
     words = page.words.replace("\u00a0", " ")
-    for line in summary_lines(summary):
+    for line in report_page(summary).lines:
         assert line in words
     for part in parts(summary):
         for grid in grids(part):
@@ -750,9 +753,9 @@ def test_a_page_escapes_every_text(records):
 
 def test_no_records_at_all(tmp_path):
     summary = collect([], COMMAND, SETTINGS)
-    assert summary_lines(summary) == ["There are no records yet."]
+    assert report_page(summary).lines == ["There are no records yet."]
     assert tables(summary) == []
-    files = write_study(summary, tmp_path)
+    files = written(summary, tmp_path)
     assert set(files) == {"json", "markdown", "html"}
     Page(files["html"].read_text())
 

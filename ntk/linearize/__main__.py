@@ -9,7 +9,8 @@ same lambda. Stopped at any moment, the same command goes on with what is missin
 """
 
 from ntk.linearization_options import build_linearization_parser, units
-from ntk.linearization_report import summary_lines, tables, write_linearization
+from ntk.linearization_plots import draw_figures
+from ntk.linearization_report import report_page, tables
 from ntk.linearization_summary import collect
 from ntk.study_command import StudyCommand
 
@@ -19,8 +20,8 @@ main = StudyCommand(
     units=units,
     collect=collect,
     tables=tables,
-    lines=summary_lines,
-    write=write_linearization,
+    page=report_page,
+    figures=draw_figures,
     settings={"study": "linearization"},
 )
 
