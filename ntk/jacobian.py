@@ -212,25 +212,45 @@ def _looped(tangent: TangentFunction, batch: Batch) -> Coordinates:
     return {key: torch.stack(several) for key, several in rows.items()}
 
 
+def differentiated_twice(
+    tangent: TangentFunction, zero: Coordinates, direction: Coordinates, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Return f0 and J direction where a function has no forward-mode derivative.
+
+    J' v is linear in v: its derivative in v, along the direction, is J direction.
+
+    Args:
+        tangent: The function of the coordinates.
+        zero: The coordinates of theta itself.
+        direction: Coordinates; gradients with respect to them can be taken.
+        batch: n examples.
+
+    Returns:
+        Twice ``(n, c)``.
+    """
+    with torch.enable_grad():
+        at = {key: value.clone().requires_grad_() for key, value in zero.items()}
+        outputs = tangent(at, batch)
+        v = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(
+            outputs, list(at.values()), v, create_graph=True, materialize_grads=True
+        )
+        products = [
+            (p * direction[key]).sum() for key, p in zip(at, pulled, strict=True)
+        ]
+        product = torch.stack(products).sum()
+        (pushed,) = torch.autograd.grad(product, v, create_graph=True)
+    return outputs.detach(), pushed
+
+
 def _pushed(
     tangent: TangentFunction, zero: Coordinates, direction: Coordinates, batch: Batch
 ) -> Tensor:
     """Return J direction, ``(n, c)``.
 
-    By forward mode; through functions that have no forward-mode derivative (custom
-    ones, as Bloom's GELU) by differentiating J^T v, which is linear in v.
+    By forward mode, which custom functions may not have (as Bloom's GELU).
     """
     try:
         return jvp(lambda delta: tangent(delta, batch), (zero,), (direction,))[1]
     except (RuntimeError, NotImplementedError):
-        delta = {key: value.clone().requires_grad_() for key, value in zero.items()}
-        outputs = tangent(delta, batch)
-        v = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(
-            outputs, list(delta.values()), v, create_graph=True, materialize_grads=True
-        )
-        product = sum(
-            ((p * direction[key]).sum() for key, p in zip(delta, pulled, strict=True)),
-            start=torch.zeros_like(v).sum(),
-        )
-        return torch.autograd.grad(product, v)[0].detach()
+        return differentiated_twice(tangent, zero, direction, batch)[1].detach()

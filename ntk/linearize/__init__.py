@@ -29,7 +29,7 @@ from ntk.function import (
     evaluating,
     to_batches,
 )
-from ntk.jacobian import Coordinates, Key, TangentFunction
+from ntk.jacobian import Coordinates, Key, TangentFunction, differentiated_twice
 from ntk.maps import Slices, Whole
 from ntk.resolution import resolve
 from ntk.spaces import Space
@@ -321,7 +321,7 @@ class LinearizedModel(nn.Module):
                 pair = jvp(lambda d: tangent(d, batch), (zero,), (direction,))
                 return pair[0], pair[1]
             except (RuntimeError, NotImplementedError):
-                return _differentiated_twice(tangent, zero, direction, batch)
+                return differentiated_twice(tangent, zero, direction, batch)
 
     def _check_same(self, theirs: dict[str, nn.Parameter], model: str) -> None:
         own = {n: p.shape for n, p in self.base.named_parameters()}
@@ -360,25 +360,3 @@ def evaluated(
     function = NetworkFunction(model, readout)
     with evaluating(model), torch.no_grad():
         return torch.cat([function(batch) for batch in batches])
-
-
-def _differentiated_twice(
-    tangent: TangentFunction, zero: Coordinates, direction: Coordinates, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """Return f0 and J direction where a function has no forward-mode derivative.
-
-    J' v is linear in v: its derivative in v, along the direction, is J direction.
-    """
-    with torch.enable_grad():
-        at = {key: value.requires_grad_() for key, value in zero.items()}
-        outputs = tangent(at, batch)
-        v = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(
-            outputs, list(at.values()), v, create_graph=True, materialize_grads=True
-        )
-        products = [
-            (p * direction[key]).sum() for key, p in zip(at, pulled, strict=True)
-        ]
-        product = torch.stack(products).sum()
-        (pushed,) = torch.autograd.grad(product, v, create_graph=True)
-    return outputs.detach(), pushed
