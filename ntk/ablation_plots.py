@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from ntk.ablation import ALL, AXES, FULL, HEAD
 from ntk.ablation_gains import RANDOM
-from ntk.ablation_tables import TITLES, Part, parts, total
+from ntk.ablation_tables import TITLES, parts, total
 from ntk.drawing import (
     COLOURS,
     DASHES,
@@ -30,7 +30,7 @@ from ntk.drawing import (
 )
 from ntk.study_plots import LINE, legend_below
 from ntk.study_scores import Row
-from ntk.study_summary import select
+from ntk.study_summary import ShotsPart, select
 
 BLACK, BLUE, RED, GREEN, PINK, SKY, ORANGE, GREY = COLOURS
 LOOKS: dict[str, tuple[str, str, Any]] = {
@@ -170,7 +170,7 @@ def plot_gains(rows: Sequence[Row], ax: Axes) -> Axes:
     return ax
 
 
-def _draw_gains(part: Part) -> Figure:
+def _draw_gains(part: ShotsPart) -> Figure:
     rows = part.rows("gains", task=None)
     strategies = {row["strategy"] for row in rows}
     figure = new_figure(9.6, 1.5 + 0.42 * len(strategies))
@@ -187,7 +187,7 @@ def _draw_gains(part: Part) -> Figure:
     return figure
 
 
-def _draw_curves(part: Part, measure: str) -> Figure:
+def _draw_curves(part: ShotsPart, measure: str) -> Figure:
     """Return panels by axis and task, or of the mean over tasks."""
     curves = part.rows("curves")
     axes = [axis for axis in AXES if select(curves, axis=axis)]
@@ -261,7 +261,7 @@ def _level(references: Iterable[Row], name: str, measure: str) -> float | None:
     return 100 * sum(own) / len(own) if own and None not in own else None
 
 
-def _draw_variance(part: Part) -> Figure:
+def _draw_variance(part: ShotsPart) -> Figure:
     """Return the error of random selections and its expectation, by axis."""
     found = part.rows("variance")
     axes = [axis for axis in AXES if select(found, axis=axis)]
@@ -305,7 +305,7 @@ def _draw_variance(part: Part) -> Figure:
     return figure
 
 
-def _draw_origins(part: Part) -> Figure:
+def _draw_origins(part: ShotsPart) -> Figure:
     """Return the share of the trace by kind of module and layer, mean over tasks."""
     origins = part.rows("origins")
     kinds = list(origins[0]["trace"])

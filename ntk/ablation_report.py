@@ -18,7 +18,6 @@ from ntk.ablation_tables import (
     GAIN,
     PERCENT,
     TITLES,
-    Part,
     gains_of_measures,
     grids,
     parts,
@@ -27,6 +26,7 @@ from ntk.ablation_tables import (
 from ntk.study_grids import Form, number, parted, write
 from ntk.study_pages import WIDTH, Page, Section, terminal_table, what_ran
 from ntk.study_scores import Row
+from ntk.study_summary import ShotsPart
 
 __all__ = [
     "collect",
@@ -201,7 +201,7 @@ def _answers(summary: Summary) -> Iterator[str]:
                 yield f"{part.title}: {sentence}"
 
 
-def _answer(part: Part) -> str:
+def _answer(part: ShotsPart) -> str:
     """Return the verdicts on all informed choices, counted."""
     words = []
     for measure in JUDGED:
@@ -226,7 +226,7 @@ def _answer(part: Part) -> str:
     )
 
 
-def _verdicts(part: Part, measure: str) -> dict[str, tuple[str, Row]]:
+def _verdicts(part: ShotsPart, measure: str) -> dict[str, tuple[str, Row]]:
     """Return the verdict on each informed choice, and its gain."""
     found = {}
     for axis in AXES:
@@ -239,7 +239,7 @@ def _verdicts(part: Part, measure: str) -> dict[str, tuple[str, Row]]:
     return found
 
 
-def _judged(part: Part, measure: str) -> str:
+def _judged(part: ShotsPart, measure: str) -> str:
     """Return what the informed strategies gain by a measure."""
     found = _verdicts(part, measure)
     if not found:
@@ -260,7 +260,7 @@ def _judged(part: Part, measure: str) -> str:
     )
 
 
-def _another_draw(part: Part) -> str:
+def _another_draw(part: ShotsPart) -> str:
     """Return how often one more random selection would gain more than a spread."""
     draws = [row["over_counts"]["draws"] for row in part.rows("gains", task=None)]
     if not draws or (most := max(draws)) < 2:
@@ -273,7 +273,7 @@ def _another_draw(part: Part) -> str:
     )
 
 
-def _whole(part: Part) -> str:
+def _whole(part: ShotsPart) -> str:
     """Return how near the linear weights come, and few random rows."""
     rows = part.rows("references", name=ALL)
     means = [row["rescaled"]["mean"] for row in rows]
@@ -298,7 +298,7 @@ def _whole(part: Part) -> str:
     return f"{text}."
 
 
-def _variance(part: Part) -> str:
+def _variance(part: ShotsPart) -> str:
     """Return how the error of random selections compares with its expectation."""
     words = []
     for row in part.rows("variance_ratios"):
@@ -323,7 +323,7 @@ def _variance(part: Part) -> str:
     )
 
 
-def _origin(part: Part) -> str:
+def _origin(part: ShotsPart) -> str:
     """Return which modules and layers most of the full kernel comes from."""
     origins = part.rows("origins")
     if not origins:

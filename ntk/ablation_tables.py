@@ -5,14 +5,14 @@ or minus their standard error.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ntk.ablation import ALL, AXES, FULL, HEAD
 from ntk.ablation_gains import MEASURES, RANDOM
 from ntk.ablation_summary import OWN_OUTPUTS
 from ntk.study_grids import POINTS, SCORE, Form, Grid, number, write
 from ntk.study_scores import Row
-from ntk.study_summary import select
+from ntk.study_summary import ShotsPart, select
 
 TITLES = {
     "raw": "distance",
@@ -29,32 +29,7 @@ PERCENT = Form(".1f", 100)
 GAIN = Form("+.1f", 1, "error")
 
 
-class Part(NamedTuple):
-    """The rows of a summary of one number of shots.
-
-    Attributes:
-        title: Which.
-        name: For links.
-        tasks: In their order.
-        summary: With the rows of these shots alone.
-    """
-
-    title: str
-    name: str
-    tasks: list[str]
-    summary: dict[str, list[Row]]
-
-    def rows(self, field: str, **where: object) -> list[Row]:
-        """Return the rows that have some values.
-
-        Args:
-            field: Of the summary.
-            **where: Values by field.
-        """
-        return select(self.summary[field], **where)
-
-
-def parts(summary: Mapping[str, Any]) -> list[Part]:
+def parts(summary: Mapping[str, Any]) -> list[ShotsPart]:
     """Return what is shown together.
 
     Args:
@@ -62,7 +37,7 @@ def parts(summary: Mapping[str, Any]) -> list[Part]:
     """
     fields = ("references", "curves", "gains", "variance", "variance_ratios")
     return [
-        Part(
+        ShotsPart(
             f"{shots} shots",
             str(shots),
             list(summary["tasks"]),
@@ -75,7 +50,7 @@ def parts(summary: Mapping[str, Any]) -> list[Part]:
     ]
 
 
-def grids(part: Part) -> list[Grid]:
+def grids(part: ShotsPart) -> list[Grid]:
     """Return the tables of a part that have anything to show.
 
     Args:
@@ -95,7 +70,7 @@ def grids(part: Part) -> list[Grid]:
     return [grid for grid in found if grid.rows]
 
 
-def gains_of_measures(part: Part) -> Grid:
+def gains_of_measures(part: ShotsPart) -> Grid:
     """Return what each strategy gains, over all tasks and counts.
 
     Args:
@@ -120,7 +95,7 @@ def gains_of_measures(part: Part) -> Grid:
     return Grid("gains", "Gain over random selection", caption, columns, rows)
 
 
-def _gains_at_counts(part: Part, measure: str) -> Grid:
+def _gains_at_counts(part: ShotsPart, measure: str) -> Grid:
     gains = part.rows("gains", task=None, measure=measure)
     counts = sorted({c for row in gains if row["axis"] for c in row["counts"]})
     rows = []
@@ -146,7 +121,7 @@ def _gains_at_counts(part: Part, measure: str) -> Grid:
     )
 
 
-def _gains_on_tasks(part: Part, measure: str) -> Grid:
+def _gains_on_tasks(part: ShotsPart, measure: str) -> Grid:
     rows = []
     for axis, strategy in _lines(part) if part.tasks[1:] else ():
         own = part.rows("gains", axis=axis, strategy=strategy, measure=measure)
@@ -163,7 +138,7 @@ def _gains_on_tasks(part: Part, measure: str) -> Grid:
     )
 
 
-def _curves(part: Part, measure: str) -> Grid:
+def _curves(part: ShotsPart, measure: str) -> Grid:
     """Return a measure of selections by size, as means over tasks."""
     curves = part.rows("curves")
     counts = sorted({count for row in curves for count in row["counts"]})
@@ -186,7 +161,7 @@ def _curves(part: Part, measure: str) -> Grid:
     )
 
 
-def _references(part: Part) -> Grid:
+def _references(part: ShotsPart) -> Grid:
     titles = {
         FULL: "full kernel",
         ALL: "all linear weights",
@@ -220,7 +195,7 @@ def _references(part: Part) -> Grid:
     )
 
 
-def _variance(part: Part) -> Grid:
+def _variance(part: ShotsPart) -> Grid:
     rows = []
     found = part.rows("variance")
     for axis, count in dict.fromkeys((row["axis"], row["count"]) for row in found):
@@ -247,7 +222,7 @@ def _variance(part: Part) -> Grid:
     )
 
 
-def _origins(part: Part, by: str) -> Grid:
+def _origins(part: ShotsPart, by: str) -> Grid:
     origins = part.rows("origins")
     groups = list(dict.fromkeys(g for row in origins for g in row["cosine"][by]))
     rows = []
@@ -287,7 +262,7 @@ def total(nested: Mapping[str, Mapping[str, float]], by: str, group: str) -> flo
     return sum(by_layer.get(group, 0.0) for by_layer in nested.values())
 
 
-def _tuned(part: Part) -> Grid:
+def _tuned(part: ShotsPart) -> Grid:
     rows = [
         [
             f"{row['task']}, {row['method']}",
@@ -308,7 +283,7 @@ def _tuned(part: Part) -> Grid:
     )
 
 
-def _lines(part: Part) -> list[tuple[str | None, str]]:
+def _lines(part: ShotsPart) -> list[tuple[str | None, str]]:
     """Return the axes and strategies that have gains, all axes last."""
     found = {(row["axis"], row["strategy"]) for row in part.rows("gains")}
     strategies = dict.fromkeys(row["strategy"] for row in part.rows("gains"))

@@ -17,8 +17,7 @@ class Accumulator:
         spaces: Their names.
         n: Number of left examples.
         m: Number of right examples.
-        traced: Whether the right examples are the first of the left ones, so that there
-            is a trace.
+        traced: Whether the right examples are the left ones, so that there is a trace.
     """
 
     def __init__(self, spaces: Sequence[str], n: int, m: int, *, traced: bool) -> None:
@@ -45,7 +44,8 @@ class Accumulator:
                     self._sums[space] = each.to(torch.float64, copy=True)
         if self.traced:
             self._added.append((name, holders))
-            self._traces.append(self._trace(grams))
+            same = grams.diagonal(dim1=1, dim2=2)
+            self._traces.append(same.sum(dim=1, dtype=torch.float64))
 
     def grams(self, outputs: int, like: Tensor) -> dict[str, Tensor]:
         """Return each space's Gram matrix; zero where nothing was added.
@@ -72,18 +72,6 @@ class Accumulator:
             for space in spaces:
                 found[space][name] = found[space].get(name, 0.0) + value
         return found
-
-    def _trace(self, grams: Tensor) -> Tensor:
-        """Return the traces ``(k,)`` over the right examples, which lead the left."""
-        k, rows, columns = grams.shape
-        if rows == columns:
-            same = grams.diagonal(dim1=1, dim2=2)
-        else:
-            c = rows // self.n
-            by_output = grams.reshape(k, c, self.n, c, self.m)[:, :, : self.m]
-            outputs = by_output.diagonal(dim1=1, dim2=3)
-            same = outputs.diagonal(dim1=1, dim2=2).flatten(1)
-        return same.sum(dim=1, dtype=torch.float64)
 
 
 def joined(

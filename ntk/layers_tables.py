@@ -6,7 +6,7 @@ over tasks the standard error.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ntk.layers_predictors import PREDICTORS, SIZE
 from ntk.layers_records import HEAD
@@ -14,7 +14,7 @@ from ntk.layers_summary import ALL
 from ntk.report import DASH
 from ntk.study_grids import SCORE, Form, Grid, number, write
 from ntk.study_scores import Row
-from ntk.study_summary import select
+from ntk.study_summary import ShotsPart, select
 
 PERCENT = Form(".1f", 100)
 RHO = Form("+.2f")
@@ -22,29 +22,8 @@ MEAN_POINTS = Form("+.1f", 1, "standard_error")
 FIELDS = ("layers", "rules", "references", "held", "subsets", "noise", "correlations")
 
 
-class Part(NamedTuple):
-    """The rows of a summary of one number of shots.
-
-    Attributes:
-        title: Which.
-        name: For links.
-        tasks: In their order.
-        summary: With the rows of these shots alone.
-    """
-
-    title: str
-    name: str
-    tasks: list[str]
-    summary: dict[str, list[Row]]
-
-    def rows(self, field: str, **where: object) -> list[Row]:
-        """Return the rows that have some values.
-
-        Args:
-            field: Of the summary.
-            **where: Values by field.
-        """
-        return select(self.summary[field], **where)
+class Part(ShotsPart):
+    """The rows of a summary of one number of shots."""
 
     @property
     def verified(self) -> bool:

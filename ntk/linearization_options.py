@@ -19,12 +19,13 @@ from ntk.study_options import (
     refuse_repeated,
 )
 from rocoft.methods import parse_method
+from rocoft.readout_trainer import Loss
 from rocoft.tasks import TaskError
 
 METHODS = ("lora:8",)
 LAMBDAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SEEDS = (13, 21, 42)
-LOSSES = {"cross-entropy": "cross_entropy", "squared": "squared"}
+LOSSES: dict[str, Loss] = {"cross-entropy": "cross_entropy", "squared": "squared"}
 
 
 def build_linearization_parser() -> argparse.ArgumentParser:
@@ -79,7 +80,7 @@ def units(options: argparse.Namespace, protocol: Protocol) -> list[Unit]:
         Training(
             method,
             strength,
-            LOSSES[options.loss],  # type: ignore[arg-type]
+            LOSSES[options.loss],
             options.optimizer,
             options.selective,
         )

@@ -16,7 +16,7 @@ from ntk.linearization import BOUNDED
 from ntk.study import Key, Record
 from ntk.study_order import order_of_key, order_of_subject, order_of_task
 from ntk.study_records import overview, rounded
-from ntk.study_scores import Row, spread, standard_error
+from ntk.study_scores import Row, at, spread, standard_error
 
 MEASURES = {
     "movement": "test.movement",
@@ -143,7 +143,7 @@ def _point(
         "learning_rates": [record["learning_rate"] for record in several],
     }
     for name, path in MEASURES.items():
-        point[name] = spread(_at(record, path) for record in several)
+        point[name] = spread(at(record, path) for record in several)
     point["taylor"] = spread(record["taylor"]["ratios"][-1] for record in several)
     for end, movement in (("tuned", "movement"), ("linear", "linear_movement")):
         point[f"unfinished_{end}"] = spread(
@@ -189,7 +189,7 @@ def _bound(name: str, by_seed: Mapping[int, Record], free: Mapping[int, Record])
         if path is None:
             found = _gap_to_free(record, free.get(seed))
         else:
-            found = _at(record, path)
+            found = at(record, path)
         values.append(bound["value"])
         measured.append(found)
         notes.append(bound["note"])
@@ -256,10 +256,3 @@ def _slope(points: Sequence[Row], measure: str, count: int) -> Row | None:
         "to": chosen[-1]["strength"],
         "lambdas": len(chosen),
     }
-
-
-def _at(record: Record, path: str) -> Any:
-    value: Any = record
-    for key in path.split("."):
-        value = value[key]
-    return value

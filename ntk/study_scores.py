@@ -97,7 +97,7 @@ def spreads(records: Iterable[Record], names: Sequence[str]) -> dict[str, Row]:
     """
     several, found = list(records), {}
     for name in names:
-        whole = spread(_at(record, name) for record in several)
+        whole = spread(at(record, name) for record in several)
         found[name] = {key: whole[key] for key in ("mean", "deviation")}
     return found
 
@@ -133,7 +133,13 @@ def standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / math.sqrt(len(values)) if values[1:] else None
 
 
-def _at(value: Any, name: str) -> float | None:
+def at(value: Any, name: str) -> float | None:
+    """Return what lies at a place in a record, None where there is nothing.
+
+    Args:
+        value: The record.
+        name: Keys, one within the other, such as "test.accuracy".
+    """
     for key in name.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value

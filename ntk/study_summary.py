@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ntk.kernel import KINDS
 from ntk.storage import StorageError
@@ -130,6 +130,31 @@ def select(rows: Iterable[Row], **where: object) -> list[Row]:
         **where: Values by field.
     """
     return [row for row in rows if all(row[key] == v for key, v in where.items())]
+
+
+class ShotsPart(NamedTuple):
+    """The rows of a summary of one number of shots.
+
+    Attributes:
+        title: Which.
+        name: For links.
+        tasks: In their order.
+        summary: With the rows of these shots alone.
+    """
+
+    title: str
+    name: str
+    tasks: list[str]
+    summary: dict[str, list[Row]]
+
+    def rows(self, field: str, **where: object) -> list[Row]:
+        """Return the rows that have some values.
+
+        Args:
+            field: Of the summary.
+            **where: Values by field.
+        """
+        return select(self.summary[field], **where)
 
 
 def growth_by_sizes(rows: Iterable[Row]) -> Growth:
