@@ -2,12 +2,14 @@
 
 import json
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from cases import BY_NAME
+from commands import exit_code
 from test_backbone import BAD, GOOD, checkpoint
 
 from ntk import ablate, distance
@@ -38,12 +40,7 @@ from rocoft.selection import STRATEGIES
 CELL = Cell("words", 4, 13)
 
 
-def run(*arguments):
-    """Return the exit code, whether the command or the parser gave it."""
-    try:
-        return ablate.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return error.code
+run = partial(exit_code, ablate.main)
 
 
 def write_task(folder, name="words"):

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from commands import exit_code
 
 from ntk import compare, evaluation, report
 from ntk.kernel import empirical_ntk
@@ -26,12 +28,7 @@ from rocoft.tasks import TaskError, load_task
 TINY = ["--shots", "4", "--test-size", "8", "--rows", "1", "--layers", "0"]
 
 
-def run(*arguments):
-    """Return the exit code, whether the command or the parser gave it."""
-    try:
-        return compare.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return error.code
+run = partial(exit_code, compare.main)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from commands import exit_code, texts
 
 from ntk import evaluate
 from ntk.evaluate_options import build_evaluation_parser, units
@@ -31,20 +33,7 @@ TINY = (
 CELL = Cell("reviews", 4, 13)
 
 
-def run(*arguments):
-    """Return the exit code, whether the command or the parser gave it."""
-    try:
-        return evaluate.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return error.code
-
-
-def texts(folder):
-    """Return what a study leaves but the figures and the command of its report."""
-    return {
-        str(file.relative_to(folder)): file.read_text()
-        for file in sorted(folder.rglob("*.json"))
-    }
+run = partial(exit_code, evaluate.main)
 
 
 @pytest.fixture(scope="session")

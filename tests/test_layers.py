@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from commands import exit_code, texts
 from scipy import stats
 from test_ablation import write_task
 from test_backbone import SPECIAL, WORDS
@@ -43,19 +45,7 @@ NAMES = tuple(map(str, range(DEPTH)))
 SEEDS = (13, 21)
 
 
-def run(*arguments):
-    """Return the exit code, whether the command or the parser gave it."""
-    try:
-        return layers.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return error.code
-
-
-def texts(folder):
-    return {
-        str(file.relative_to(folder)): file.read_text()
-        for file in sorted(folder.rglob("*.json"))
-    }
+run = partial(exit_code, layers.main)
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,14 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from cases import BY_NAME
+from commands import exit_code
 from test_ablation import write_task
 from test_backbone import checkpoint
 
@@ -44,12 +46,7 @@ CELL = Cell("words", 4, 13)
 RATE, STEPS = 0.02, 6
 
 
-def run(*arguments):
-    """Return the exit code, whether the command or the parser gave it."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return error.code
+run = partial(exit_code, main)
 
 
 @pytest.fixture(scope="session")

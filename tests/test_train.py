@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers as tf
 import yaml
+from commands import exit_code
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_backbone import BAD, GOOD, checkpoint
@@ -28,12 +30,7 @@ from rocoft.tasks import PROMPTS, Prompt
 QUICK = ["--lr", "1e-2", "--num_train_epochs", "2", "--device", "cpu"]
 
 
-def run(*arguments):
-    """Return the exit code, whether the command or the parser gave it."""
-    try:
-        return train.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return error.code
+run = partial(exit_code, train.main)
 
 
 def write_reviews(file, count=60):
