@@ -5,6 +5,7 @@
 Sum(...)
 """
 
+from ntk.approximation import sketched_ntk
 from ntk.calibration import calibrate
 from ntk.classifiers import (
     KernelLogisticRegression,
@@ -32,6 +33,7 @@ __all__ = [
     "calibrate",
     # kernels
     "empirical_ntk",
+    "sketched_ntk",
     "gram_matrix",
     "save_kernels",
     "load_kernels",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ntk.factors import Factor, Matrix, Vector, dense, joined
 from ntk.jacobian import Key
-from ntk.maps import InputSide, Map, Slices, Whole
+from ntk.maps import InputSide, Map, Sketch, Slices, Whole
 from ntk.rules import Use
 
 Stored = Tensor | list[list[Factor]]
@@ -86,7 +86,7 @@ class Features:
             if isinstance(each, Whole):
                 self._whole.setdefault(id(use), []).append(factor)
             else:
-                assert isinstance(each, Slices | InputSide)
+                assert isinstance(each, Slices | InputSide | Sketch)
                 self._add(use, each, k, factor)
         self._missing[name] -= 1
         if not self._missing[name] and self.ready is not None:
@@ -126,7 +126,9 @@ class Features:
                 else:
                     self.ready(key, self.features.pop(key))
 
-    def _add(self, use: Use, each: Slices | InputSide, k: int, factor: Factor) -> None:
+    def _add(
+        self, use: Use, each: Slices | InputSide | Sketch, k: int, factor: Factor
+    ) -> None:
         key, shape = (use.name, each), self.parameters[use.name].shape
         first = (key, k) not in self._written
         self._written.add((key, k))

@@ -34,6 +34,7 @@ from ntk.function import (
     logits,
     to_batches,
 )
+from ntk.maps import Maps, Sketch
 from ntk.resolution import resolve
 from ntk.spaces import Full, Space
 from rocoft.console import Progress
@@ -182,6 +183,11 @@ def compute(
     check_model(model)
     device = next(model.parameters()).device
     maps = resolve(spaces, model)
+    if kind != "sgd" and any(_is_sketched(each) for each in maps.values()):
+        raise ValueError(
+            f"kind={kind!r} needs every gradient entry's sign, which a sketch does not "
+            "keep. Use kind='sgd', or the space itself."
+        )
     left = to_batches(inputs, device, batch_size)
     if other is None:
         right = left
@@ -272,6 +278,12 @@ def _check_choices(
             "kind='signgd' needs every gradient itself, which implementation='jvp' "
             "never forms. Use 'factors' or 'jacobian'."
         )
+
+
+def _is_sketched(maps: Maps) -> bool:
+    return any(
+        isinstance(each, Sketch) for several in maps.values() for each in several
+    )
 
 
 def _first(inputs: Inputs, count: int) -> Inputs:

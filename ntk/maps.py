@@ -7,6 +7,7 @@ map           features of a weight                 coordinates
 `Slices`      G[R, :] and G[not R, C]              r d_in + (d_out - r) c
 `LowRank`     s G A^T                              d_out r
 `InputSide`   all G[:, C] and s G A^T of a weight  d_out (sum of c and r)
+`Sketch`      random signed sums of entries of G   as many as wanted
 ============  ===================================  ==========================
 
 with ``G[n, c] = sum_t g[n, c, t] x[n, t]^T`` of shape (d_out, d_in), x the layer's
@@ -28,6 +29,9 @@ import torch
 from torch import Tensor
 
 from rocoft.architecture import LinearWeight
+
+TRANSFORM_ENTRIES = 2**23
+"""Entries of the Fourier transforms of a sketch made at a time."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +289,98 @@ class InputSide:
         return oriented(moved, self.of)
 
 
-Map = Whole | Slices | LowRank | InputSide
+@dataclass(frozen=True)
+class Sketch:
+    """A random projection of a linear weight, made of its factors: TensorSketch.
+
+    Entry (i, j) of G is added, with the sign ``a_i b_j``, to coordinate
+    ``(h_i + k_j) mod size``; a, b, h and k are drawn once. Summed over the positions
+    that is the circular convolution of the count sketches of g_t and x_t, and so a
+    product of their Fourier transforms. The inner product of two sketches is an
+    unbiased estimate of that of the gradients, with a variance of at most ``11 / size``
+    times the product of their squared norms (Pham and Pagh 2013; Avron, Nguyen and
+    Woodruff 2014).
+
+    Attributes:
+        of: The weight.
+        entries: Coordinates.
+        seed: Of the draw; each weight draws from its own stream.
+    """
+
+    of: LinearWeight
+    entries: int
+    seed: int
+
+    @cached_property
+    def _drawn(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Coordinates and signs of the output features, and of the input features."""
+        generator = torch.Generator()
+        generator.manual_seed(zlib.crc32(f"{self.seed} {self.of.name}".encode()))
+        outputs, inputs = (
+            (
+                torch.randint(self.entries, (d,), generator=generator),
+                2 * torch.randint(2, (d,), generator=generator) - 1,
+            )
+            for d in (self.of.outputs, self.of.inputs)
+        )
+        return outputs, inputs
+
+    def size(self, shape: Sequence[int]) -> int:
+        """Return the number of coordinates."""
+        return self.entries
+
+    def weights(self) -> Tensor | None:
+        """Return the weight of each coordinate in the kernel, None for one."""
+        return None
+
+    def prepare(self, x: Tensor) -> tuple[Tensor]:
+        """Return the input itself: its transforms are larger, and quick to make."""
+        return (x,)
+
+    def add(
+        self, g: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, first: bool
+    ) -> None:
+        """Add the features of one output to ``out`` ``(n, size)``, see `Slices.add`."""
+        step = max(1, TRANSFORM_ENTRIES // (g.shape[1] * self.entries))
+        of_output, of_input = self._drawn
+        for i in range(0, len(g), step):
+            rows = slice(i, i + step)
+            product = self._transform(g[rows], of_output)
+            product *= self._transform(kept[0][rows], of_input)
+            part = torch.fft.irfft(product.sum(dim=1), n=self.entries)
+            if first:
+                out[rows] = part
+            else:
+                out[rows] += part
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""
+        places, signs = self._of_entries(gradient)
+        found = gradient.new_zeros(*gradient.shape[:2], self.entries)
+        return found.index_add_(2, places.flatten(), (gradient * signs).flatten(2))
+
+    def shift(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """Return the parameter moved by ``delta``, ``(size,)``."""
+        places, signs = self._of_entries(weight)
+        return oriented(oriented(weight, self.of) + delta[places] * signs, self.of)
+
+    def _transform(self, values: Tensor, drawn: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the Fourier transforms of count sketches of ``(n, t, d)``."""
+        # There is no transform of 16 bits.
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        places, signs = (each.to(values.device) for each in drawn)
+        sums = values.new_zeros(*values.shape[:2], self.entries, dtype=dtype)
+        sums.index_add_(2, places, values.to(dtype) * signs)
+        return torch.fft.rfft(sums)
+
+    def _of_entries(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return coordinate and sign of each entry, ``(outputs, inputs)``."""
+        (h, a), (k, b) = self._drawn
+        places = (h[:, None] + k) % self.entries
+        return places.to(like.device), (a[:, None] * b).to(like)
+
+
+Map = Whole | Slices | LowRank | InputSide | Sketch
 Maps = dict[str, tuple[Map, ...]]
 
 

@@ -15,7 +15,8 @@ readout_trainer trainer language sft options results train
 """
 NTK = """
 function maps spaces resolution notation factors positions contraction rules capture
-coverage passes jacobian features jobs accumulator engine kernel calibration certificate
+coverage passes jacobian features jobs accumulator engine kernel approximation calibration
+certificate
 storage spectrum distance risk bounds agreement sampling evolution layerwise
 layer_budget layer_selection kernel_classifier logistic classifiers asymmetric tuning
 linearize closed_form closeness closeness_bounds evaluation drawing plots report options

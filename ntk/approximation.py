@@ -1,0 +1,226 @@
+"""Kernels of random projections: unbiased, with a standard error, for what is large.
+
+The exact kernel of whole weights keeps a layer's inputs and gradients at every position
+and contracts them pair by pair. A sketch (`maps.Sketch`) keeps s numbers of every
+weight, example and output, whatever the size of the weight. Its kernel is a Gram
+matrix, and so positive semi-definite.
+
+The s numbers are those of several independent sketches. Each has a kernel of its own;
+the estimate is their mean, and their spread says how far it is from the truth.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+from ntk.function import Inputs, Readout
+from ntk.kernel import Reduction, compute
+from ntk.maps import Maps, Sketch, Whole
+from ntk.spaces import Full, Space
+from rocoft.architecture import Architecture
+from rocoft.console import Progress
+
+__all__ = ["ApproximateKernel", "Sketched", "sketched_ntk"]
+
+REPLICATES = 8
+
+
+@dataclass(frozen=True)
+class Sketched(Space):
+    """A space whose whole weights are replaced by random projections of them.
+
+    Exact are what is no larger than its projection, biases and normalisations, tables
+    that tokens are looked up in, and rows, columns and LoRA pairs, which are small.
+
+    Args:
+        space: The space.
+        entries: Numbers that are kept of each weight.
+        seed: Of the projections.
+    """
+
+    space: Space
+    entries: int
+    seed: int = 0
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it is resolved alike whatever the values of the weights."""
+        return self.space.lasting
+
+    @property
+    def name(self) -> str:
+        """The space, which is not another one for being estimated."""
+        return self.space.name
+
+    def maps(self, model: nn.Module | Architecture) -> Maps:
+        """Resolve the space and replace whole weights by their projections."""
+        known = model if isinstance(model, Architecture) else Architecture(model)
+        tables = set(known.embeddings)
+        found: Maps = {}
+        for name, maps in self.space.maps(known).items():
+            of = known.linear_weights.get(name)
+            if (
+                of is not None
+                and name not in tables
+                and self.entries < known.parameters[name].numel()
+            ):
+                sketch = Sketch(of, self.entries, self.seed)
+                maps = tuple(sketch if isinstance(m, Whole) else m for m in maps)
+            found[name] = maps
+        return found
+
+
+@dataclass(frozen=True)
+class ApproximateKernel:
+    """An unbiased estimate of a kernel, and how far from the truth it may be.
+
+    Attributes:
+        kernel: ``(n, m, c, d)`` or ``(n, m)``, in float64.
+        standard_error: Of each entry, in the same shape.
+        entries: Numbers that were kept of each large weight, example and output.
+        replicates: Independent estimates that the kernel is the mean of.
+    """
+
+    kernel: Tensor
+    standard_error: Tensor
+    entries: int
+    replicates: int
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return bounds that each entry of the exact kernel is within, so often.
+
+        Args:
+            level: How often, above 0 and below 1.
+
+        Returns:
+            The lower and the upper bound of every entry, by Student's distribution.
+
+        Raises:
+            ValueError: If the level is no probability between.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level} must be above 0 and below 1.")
+        width = float(student.ppf((1 + level) / 2, self.replicates - 1))
+        return (
+            self.kernel - width * self.standard_error,
+            self.kernel + width * self.standard_error,
+        )
+
+    def relative_error(self) -> float:
+        """Return the Frobenius norm of the error expected, relative to the kernel's.
+
+        The kernel's own is taken less what the error adds to it. NaN if the error is
+        all that is left.
+        """
+        error = float(self.standard_error.square().sum())
+        signal = float(self.kernel.square().sum()) - error
+        return (error / signal) ** 0.5 if signal > 0 else float("nan")
+
+
+@overload
+def sketched_ntk(
+    model: nn.Module,
+    inputs: Inputs,
+    other: Inputs | None = None,
+    *,
+    space: Space = ...,
+    entries: int = ...,
+    replicates: int = ...,
+    seed: int = ...,
+    outputs: Readout | None = None,
+    reduce: Reduction = "full",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> ApproximateKernel: ...
+@overload
+def sketched_ntk(
+    model: nn.Module,
+    inputs: Inputs,
+    other: Inputs | None = None,
+    *,
+    space: Mapping[str, Space],
+    entries: int = ...,
+    replicates: int = ...,
+    seed: int = ...,
+    outputs: Readout | None = None,
+    reduce: Reduction = "full",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, ApproximateKernel]: ...
+def sketched_ntk(
+    model: nn.Module,
+    inputs: Inputs,
+    other: Inputs | None = None,
+    *,
+    space: Space | Mapping[str, Space] | None = None,
+    entries: int = 4096,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    outputs: Readout | None = None,
+    reduce: Reduction = "full",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> ApproximateKernel | dict[str, ApproximateKernel]:
+    """Estimate the empirical NTK from random projections of the gradients.
+
+    Each entry's error is at most about ``sqrt(11 / entries)`` of the geometric mean of
+    the two examples' own entries, whatever the size of the model; it falls with the
+    square root of ``entries``.
+
+    Args:
+        model: As in `kernel.empirical_ntk`.
+        inputs: As in `kernel.empirical_ntk`.
+        other: As in `kernel.empirical_ntk`.
+        space: As in `kernel.empirical_ntk`.
+        entries: Numbers kept of each weight, example and output, of all replicates
+            together.
+        replicates: Independent sketches that share them, at least 2. More of them say
+            the error more surely, and take more time.
+        seed: Of the projections. The same seed gives the same ones, so that blocks of
+            examples computed apart are those of one kernel.
+        outputs: As in `kernel.empirical_ntk`.
+        reduce: As in `kernel.empirical_ntk`.
+        batch_size: As in `kernel.empirical_ntk`.
+        progress: As in `kernel.compute`.
+
+    Returns:
+        The estimate; for a mapping of spaces a dictionary of them.
+
+    Raises:
+        ValueError: If ``entries`` cannot be parted among the replicates.
+    """
+    if replicates < 2:
+        raise ValueError(
+            f"replicates={replicates} must be at least 2: one alone has no spread."
+        )
+    if entries < replicates or entries % replicates:
+        raise ValueError(
+            f"entries={entries} must be a multiple of replicates={replicates}, such as "
+            f"{replicates * max(1, round(entries / replicates))}."
+        )
+    named = space if isinstance(space, Mapping) else {"": space or Full()}
+    sketches: dict[str, Space] = {
+        f"{r} {name}": Sketched(each, entries // replicates, seed * replicates + r)
+        for name, each in named.items()
+        for r in range(replicates)
+    }
+    kernels = compute(
+        model,
+        inputs,
+        other,
+        spaces=sketches,
+        outputs=outputs,
+        reduce=reduce,
+        batch_size=batch_size,
+        progress=progress,
+    ).kernels
+    found = {}
+    for name in named:
+        each = torch.stack([kernels.pop(f"{r} {name}") for r in range(replicates)])
+        error = each.std(dim=0) / replicates**0.5
+        found[name] = ApproximateKernel(each.mean(dim=0), error, entries, replicates)
+    return found if isinstance(space, Mapping) else found[""]
