@@ -9,7 +9,7 @@ The s numbers are those of several independent sketches. Each has a kernel of it
 the estimate is their mean, and their spread says how far it is from the truth.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import overload
 
@@ -24,7 +24,7 @@ from ntk.spaces import Full, Space
 from rocoft.architecture import Architecture
 from rocoft.console import Progress
 
-__all__ = ["ApproximateKernel", "Sketched", "sketched_ntk"]
+__all__ = ["ApproximateKernel", "Sketched", "Sketches", "sketched_ntk"]
 
 REPLICATES = 8
 
@@ -34,7 +34,8 @@ class Sketched(Space):
     """A space whose whole weights are replaced by random projections of them.
 
     Exact are what is no larger than its projection, biases and normalisations, tables
-    that tokens are looked up in, and rows, columns and LoRA pairs, which are small.
+    that tokens are looked up in, the head, of which few rows are used, and rows,
+    columns and LoRA pairs, which are small.
 
     Args:
         space: The space.
@@ -59,13 +60,13 @@ class Sketched(Space):
     def maps(self, model: nn.Module | Architecture) -> Maps:
         """Resolve the space and replace whole weights by their projections."""
         known = model if isinstance(model, Architecture) else Architecture(model)
-        tables = set(known.embeddings)
+        exact = {*known.embeddings, *known.head}
         found: Maps = {}
         for name, maps in self.space.maps(known).items():
             of = known.linear_weights.get(name)
             if (
                 of is not None
-                and name not in tables
+                and name not in exact
                 and self.entries < known.parameters[name].numel()
             ):
                 sketch = Sketch(of, self.entries, self.seed)
@@ -119,6 +120,68 @@ class ApproximateKernel:
         error = float(self.standard_error.square().sum())
         signal = float(self.kernel.square().sum()) - error
         return (error / signal) ** 0.5 if signal > 0 else float("nan")
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """How whole weights are sketched, and the way from kernels of it to an estimate.
+
+    Attributes:
+        entries: Numbers kept of each weight, example and output, of all replicates
+            together.
+        replicates: Independent sketches that share them, at least 2.
+        seed: Of the projections.
+    """
+
+    entries: int = 4096
+    replicates: int = REPLICATES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.replicates < 2:
+            raise ValueError(
+                f"replicates={self.replicates} must be at least 2: one alone has no "
+                "spread."
+            )
+        if self.entries < self.replicates or self.entries % self.replicates:
+            near = self.replicates * max(1, round(self.entries / self.replicates))
+            raise ValueError(
+                f"entries={self.entries} must be a multiple of "
+                f"replicates={self.replicates}, such as {near}."
+            )
+
+    def parted(self, name: str, space: Space) -> dict[str, Space]:
+        """Return the spaces whose kernels' mean estimates that of one space.
+
+        Args:
+            name: Of the space.
+            space: The space.
+
+        Returns:
+            Sketched spaces by names of their own.
+        """
+        size, first = self.entries // self.replicates, self.seed * self.replicates
+        return {
+            self._name(name, r): Sketched(space, size, first + r)
+            for r in range(self.replicates)
+        }
+
+    def collected(
+        self, name: str, kernels: MutableMapping[str, Tensor]
+    ) -> ApproximateKernel:
+        """Return the estimate of a space's kernel.
+
+        Args:
+            name: Of the space.
+            kernels: With those of the sketched spaces, which are taken out.
+        """
+        found = [kernels.pop(self._name(name, r)) for r in range(self.replicates)]
+        each = torch.stack(found)
+        error = each.std(dim=0) / self.replicates**0.5
+        return ApproximateKernel(each.mean(dim=0), error, self.entries, self.replicates)
+
+    def _name(self, name: str, replicate: int) -> str:
+        return f"{name}, sketch {replicate}"
 
 
 @overload
@@ -193,34 +256,20 @@ def sketched_ntk(
     Raises:
         ValueError: If ``entries`` cannot be parted among the replicates.
     """
-    if replicates < 2:
-        raise ValueError(
-            f"replicates={replicates} must be at least 2: one alone has no spread."
-        )
-    if entries < replicates or entries % replicates:
-        raise ValueError(
-            f"entries={entries} must be a multiple of replicates={replicates}, such as "
-            f"{replicates * max(1, round(entries / replicates))}."
-        )
+    sketches = Sketches(entries, replicates, seed)
     named = space if isinstance(space, Mapping) else {"": space or Full()}
-    sketches: dict[str, Space] = {
-        f"{r} {name}": Sketched(each, entries // replicates, seed * replicates + r)
-        for name, each in named.items()
-        for r in range(replicates)
-    }
+    spaces: dict[str, Space] = {}
+    for name, each in named.items():
+        spaces |= sketches.parted(name, each)
     kernels = compute(
         model,
         inputs,
         other,
-        spaces=sketches,
+        spaces=spaces,
         outputs=outputs,
         reduce=reduce,
         batch_size=batch_size,
         progress=progress,
     ).kernels
-    found = {}
-    for name in named:
-        each = torch.stack([kernels.pop(f"{r} {name}") for r in range(replicates)])
-        error = each.std(dim=0) / replicates**0.5
-        found[name] = ApproximateKernel(each.mean(dim=0), error, entries, replicates)
+    found = {name: sketches.collected(name, kernels) for name in named}
     return found if isinstance(space, Mapping) else found[""]

@@ -90,6 +90,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
                 implementation=options.implementation,
                 batch_size=options.batch_size,
                 offset=options.offset,
+                approximate=options.approximate,
                 progress=progress,
             )
         record = {

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntk import distance, spectrum
+from ntk.approximation import ApproximateKernel, Sketches
 from ntk.calibration import calibrate
 from ntk.certificate import certify
 from ntk.classifiers import (
@@ -94,6 +95,7 @@ def evaluate(
     implementation: Implementation = "factors",
     batch_size: int = 32,
     offset: bool = False,
+    approximate: Sketches | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the kernels of some spaces with the full kernel.
@@ -107,6 +109,7 @@ def evaluate(
         implementation: How kernels are computed.
         batch_size: Most examples in a pass.
         offset: Start the classifiers from the model's own outputs.
+        approximate: How the full kernel is estimated; None means that it is computed.
         progress: Called as the work goes on.
 
     Returns:
@@ -125,17 +128,26 @@ def evaluate(
             spaces = {
                 n: Without(s, tuple(architecture.head)) for n, s in spaces.items()
             }
+        wanted = dict(spaces)
+        if approximate is not None:
+            wanted |= approximate.parted("full", wanted.pop("full"))
         result = compute(
             module,
             data.batches,
             data.train_batches,
-            spaces=spaces,
+            spaces=wanted,
             kind=kind,
             implementation=implementation,
             batch_size=None,
             progress=progress,
         )
         outputs = _outputs(backbone, data)
+    estimate: ApproximateKernel | None = None
+    exact = {name: spaces[name] for name in roles}
+    if approximate is not None:
+        estimate = approximate.collected("full", result.kernels)
+        result.kernels["full"] = estimate.kernel
+        result.sizes["full"] = _size(exact.pop("full"), architecture)
     place = torch.tensor(np.argsort(data.place))
     own = torch.tensor(np.argsort(data.place[: data.train]))
     kernels = {k: v.cpu()[place][:, own] for k, v in result.kernels.items()}
@@ -143,7 +155,7 @@ def evaluate(
         certificates = certify(
             module,
             data.batches,
-            {name: spaces[name] for name in roles},
+            exact,
             result.kernels,
             kind=kind,
             seed=split.seed,
@@ -190,6 +202,7 @@ def evaluate(
             "services": _services(result),
             "with_head": head is not None,
             "offset": offset,
+            "estimate": None if estimate is None else _estimate(estimate),
         },
         "f0": {"accuracy": accuracy},
         "spaces": entries,
@@ -280,6 +293,21 @@ def _services(result: KernelResult) -> dict[str, Any]:
     return {
         "batch": len(by.get("batch", [])),
         **{kind: by.get(kind, []) for kind in ("single", "definition", "unused")},
+    }
+
+
+def _size(space: Space, architecture: Architecture) -> int:
+    """Return the number of coordinates of a space."""
+    shapes = {name: p.shape for name, p in architecture.parameters.items()}
+    maps = space.maps(architecture)
+    return sum(m.size(shapes[name]) for name, several in maps.items() for m in several)
+
+
+def _estimate(estimate: ApproximateKernel) -> Record:
+    return {
+        "entries": estimate.entries,
+        "replicates": estimate.replicates,
+        "relative_error": estimate.relative_error(),
     }
 
 

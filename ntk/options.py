@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ntk.approximation import Sketches
 from ntk.kernel import IMPLEMENTATIONS, KINDS
 from ntk.notation import parse_space
 from ntk.spaces import Bias, Columns, Embeddings, LoRA, Norm, Rows, Space
@@ -176,6 +177,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="examples in one pass; changes time and memory (default: %(default)s)",
     )
     add(
+        "--approximate",
+        type=sketches,
+        metavar="sketch:S",
+        help="estimate the full kernel from S numbers of each large weight, example "
+        "and output (a multiple of 8), instead of computing it; its relative error is "
+        "reported, and falls with the root of S (default: computed)",
+    )
+    add(
         "--offset",
         action="store_true",
         help="classifiers start from the model's own outputs instead of zero",
@@ -314,6 +323,27 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
+
+
+def sketches(text: str) -> Sketches:
+    """Read how a kernel is estimated.
+
+    Args:
+        text: Of an option, such as ``sketch:4096``.
+
+    Returns:
+        The sketches.
+
+    Raises:
+        ArgumentTypeError: If it is written otherwise.
+    """
+    name, _, size = text.partition(":")
+    if name != "sketch" or not size.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must read sketch:S, as sketch:4096")
+    try:
+        return Sketches(int(size))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def requested_spaces(options: argparse.Namespace) -> list[Space]:

@@ -139,6 +139,7 @@ def summary_lines(record: Record) -> list[str]:
         *_controls(record),
         *_services(record),
         _certificate(record),
+        *_estimate(record),
         *map(str, (record.get("model") or {}).get("notes") or []),
     ]
 
@@ -396,6 +397,19 @@ def _certificate(record: Record) -> str:
         f"with the kernels within a relative error of {errors[worst]:.1e} (the worst: "
         f"{worst})."
     )
+
+
+def _estimate(record: Record) -> Iterator[str]:
+    """Yield how far the full kernel may be from the exact one, if it is an estimate."""
+    found = (record.get("kernel") or {}).get("estimate")
+    if found:
+        error = _get(found, "relative_error")
+        yield (
+            "The full kernel is an estimate from "
+            f"{_get(found, 'entries'):,.0f} numbers of each large weight, with a "
+            "relative error (Frobenius) of about "
+            f"{_show(100 * error, '.1f')} %; measures against it carry that error."
+        )
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

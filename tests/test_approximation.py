@@ -6,6 +6,7 @@ from torch import nn
 
 import ntk
 from ntk.approximation import Sketched, sketched_ntk
+from ntk.maps import Sketch
 from tests.cases import FAMILIES, FLOAT
 from tests.dense import assert_close
 
@@ -23,7 +24,10 @@ def net():
     """A net whose weights are all larger than any sketch of them here."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 3))
+        model = nn.Sequential(
+            *(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 20), nn.Tanh()),
+            nn.Linear(20, 3),
+        )
         return model.to(FLOAT), torch.randn(6, 30, dtype=FLOAT)
 
 
@@ -43,19 +47,27 @@ def test_sketch_is_the_same_by_factors_and_by_the_definition(name, entries):
 def test_features_are_signed_sums_of_the_gradient_entries():
     """One layer, by hand: every entry is added to one coordinate, sign and all."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(7, 5, bias=False)).to(FLOAT)
-    space = Sketched(ntk.Full(), 4)
+    model = nn.Sequential(nn.Linear(7, 5, bias=False), nn.Linear(5, 2)).to(FLOAT)
+    space = Sketched(ntk.Full().at("0"), 4)
     ((sketch,),) = space.maps(model).values()
     x = torch.randn(3, 7, dtype=FLOAT)
     (h, a), (k, b) = sketch._drawn
-    features = torch.zeros(3, 5, 4, dtype=FLOAT)
+    features = torch.zeros(3, 2, 4, dtype=FLOAT)
     for n in range(3):
         for i in range(5):
             for j in range(7):
-                place = (h[i] + k[j]) % 4
-                features[n, i, place] += a[i] * b[j] * x[n, j]
+                gradient = model[1].weight[:, i].detach() * x[n, j]
+                features[n, :, (h[i] + k[j]) % 4] += a[i] * b[j] * gradient
     expected = torch.einsum("ncp,mdp->nmcd", features, features)
     assert_close(ntk.empirical_ntk(model, x, space=space), expected)
+
+
+def test_head_and_tables_stay_exact(bert):
+    model, _ = bert
+    maps = Sketched(ntk.Full(), 4).maps(model)
+    sketched = {name for name, (each,) in maps.items() if isinstance(each, Sketch)}
+    assert sketched
+    assert not any("classifier" in n or "embeddings" in n for n in sketched)
 
 
 def test_estimate_is_unbiased_over_seeds(bert):

@@ -383,3 +383,31 @@ def test_stopped_while_writing(again, tmp_path, monkeypatch, error, code):
     assert run(*options) == code
     assert [p.name for p in tmp_path.iterdir()] == ["same"]
     assert (tmp_path / "same" / "report.json").read_bytes() == before
+
+
+def test_full_kernel_can_be_an_estimate(tmp_path, capsys):
+    code = run(
+        *TINY, "--approximate", "sketch:512", "--output", tmp_path, "--name", "a"
+    )
+    assert code == 0
+    record = json.loads((tmp_path / "a" / "report.json").read_text())
+    estimate = record["kernel"]["estimate"]
+    assert estimate["entries"] == 512
+    assert 0.003 < estimate["relative_error"] < 0.2
+    full, rows = record["spaces"][:2]
+    assert full["parameters"] > 22_000_000
+    assert full["certificate"] is None
+    assert rows["certificate"]["relative_error"] < 1e-4
+    assert "The full kernel is an estimate from 512 numbers" in capsys.readouterr().out
+    kernel = load_kernels(tmp_path / "a" / "kernels.safetensors")[0]["full"]
+    assert kernel.shape == (16, 8, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["sketch", "sketch:", "rows:3", "sketch:3", "sketch:x"]
+)
+def test_an_estimate_that_cannot_be_made_is_refused(text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(["--approximate", text])
+    assert stopped.value.code == 2
+    assert "--approximate" in capsys.readouterr().err

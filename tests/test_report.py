@@ -287,6 +287,14 @@ def test_a_certificate_that_failed_is_not_hidden(record):
     assert any("exactness was not checked" in line for line in summary_lines(record))
 
 
+def test_an_estimated_kernel_is_called_that(record):
+    assert not any("estimate" in line for line in summary_lines(record))
+    record["kernel"]["estimate"] = {"entries": 4096, "relative_error": 0.0123}
+    (line,) = (line for line in summary_lines(record) if "estimate" in line)
+    assert "4,096 numbers" in line
+    assert "about 1.2 %" in line
+
+
 def test_the_question(record):
     assert question(record) == (
         "Are the kernels over 3 rows and LoRA of rank 8 close to the full kernel, and "
