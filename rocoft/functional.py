@@ -180,7 +180,7 @@ class _LinearWithSlices(torch.autograd.Function):
             assert picked is not None
             drows = _cast(picked.t() @ _cast(_flat(x), dtype), rows_dtype)
         if taken is not None:
-            dcolumns = _cast(_thin(flat.t(), _flat(taken)), columns_dtype)
+            dcolumns = _cast((_flat(taken).t() @ flat).t(), columns_dtype)
         indexed = (drows, None, None, None, dcolumns, None, None, None)
         return dx, None, dbias, *indexed, None
 
@@ -212,9 +212,9 @@ def _flat(x: Tensor) -> Tensor:
 def _thin(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a b`` for a b of few columns.
 
-    A product of few rows takes down to a third of the time of one of few columns.
+    A product of few rows, each in one piece, takes down to a third of the time.
     """
-    return (b.t() @ a.t()).t()
+    return (b.t().contiguous() @ a.t()).t()
 
 
 def _take(x: Tensor, values: Tensor | None, start: int, count: int) -> Tensor:
