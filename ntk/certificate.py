@@ -35,6 +35,8 @@ def certify(
         For each space how many entries were recomputed, and their worst error
         relative to the largest of them.
     """
+    if not spaces:
+        return {}
     generator = np.random.default_rng(seed)
     total, m = next(iter(kernels.values())).shape[:2]
     j = int(generator.integers(m))

@@ -13,15 +13,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ntk.engine import KernelResult
+from ntk.engine import LEFT_BYTES, KernelResult
 from ntk.evolution import Pinned
 from ntk.function import Batch, NetworkFunction, batch_length, evaluating, take
 from ntk.jobs import jobs
-from ntk.kernel import Reduction, compute
+from ntk.kernel import Kind, Reduction, compute
 from ntk.maps import Map, Maps, Whole
 from ntk.resolution import resolve
 from ntk.spaces import Space
 from rocoft.architecture import Architecture, LinearWeight
+from rocoft.console import Progress
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -60,7 +61,7 @@ class PassSize:
                 one = NetworkFunction(model)(take(batches[0], slice(0, 1)))
             outputs = one.shape[1]
         return cls(
-            sum(map(batch_length, batches)), sum(map(_positions, batches)), outputs
+            sum(map(batch_length, batches)), sum(map(count_positions, batches)), outputs
         )
 
     def features(self, numbers: int) -> int:
@@ -70,6 +71,19 @@ class PassSize:
     def factors(self, inputs: int, outputs: int) -> int:
         """Return the entries of the factors of a layer."""
         return self.positions * (inputs + self.outputs * outputs)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one pass over all examples serves.
+
+    Attributes:
+        spaces: For each space that it serves a part of, the maps of that part.
+        entries: Numbers of features and factors that the pass keeps.
+    """
+
+    spaces: Mapping[str, Maps]
+    entries: int
 
 
 def compute_in_chunks(
@@ -100,20 +114,71 @@ def compute_in_chunks(
     """
     size = PassSize.of(model, batches, reduce)
     total = KernelResult({})
-    for chunk in _chunks(resolve(spaces, model), Architecture(model), size, entries):
-        some: dict[str, Space] = {n: Pinned(spaces[n], m) for n, m in chunk.items()}
-        part = compute(model, batches, right, spaces=some, reduce=reduce)
-        for name, kernel in part.kernels.items():
-            if name in total.kernels:
-                total.kernels[name] += kernel
-            else:
-                total.kernels[name] = kernel
-            total.sizes[name] = total.sizes.get(name, 0) + part.sizes[name]
-            traces = total.traces.setdefault(name, {})
-            for parameter, trace in part.traces[name].items():
-                traces[parameter] = traces.get(parameter, 0.0) + trace
-        total.services |= part.services
+    for chunk in chunks(resolve(spaces, model), Architecture(model), size, entries):
+        add(
+            total,
+            compute_chunk(model, batches, right, chunk, spaces=spaces, reduce=reduce),
+        )
     return total
+
+
+def compute_chunk(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    right: int,
+    chunk: Chunk,
+    *,
+    spaces: Mapping[str, Space],
+    kind: Kind = "sgd",
+    reduce: Reduction = "full",
+    left_bytes: int = LEFT_BYTES,
+    progress: Progress | None = None,
+) -> KernelResult:
+    """Compute what one pass adds to the kernels.
+
+    Args:
+        model: As in `kernel.compute`.
+        batches: The left examples.
+        right: How many of the batches, from the first, are the right examples too.
+        chunk: What the pass serves.
+        spaces: Tangent spaces by name.
+        kind: As in `kernel.compute`.
+        reduce: As in `kernel.compute`.
+        left_bytes: As in `kernel.compute`.
+        progress: As in `kernel.compute`.
+
+    Returns:
+        Kernels of those spaces that the chunk serves, which are parts of sums.
+    """
+    return compute(
+        model,
+        batches,
+        right,
+        spaces={n: Pinned(spaces[n], maps) for n, maps in chunk.spaces.items()},
+        kind=kind,
+        reduce=reduce,
+        left_bytes=left_bytes,
+        progress=progress,
+    )
+
+
+def add(total: KernelResult, part: KernelResult) -> None:
+    """Add the kernels of one pass, and what is known of them, to those before.
+
+    Args:
+        total: Changed in place.
+        part: What another pass gave.
+    """
+    for name, kernel in part.kernels.items():
+        if name in total.kernels:
+            total.kernels[name] += kernel
+        else:
+            total.kernels[name] = kernel
+        total.sizes[name] = total.sizes.get(name, 0) + part.sizes[name]
+        traces = total.traces.setdefault(name, {})
+        for parameter, trace in part.traces.get(name, {}).items():
+            traces[parameter] = traces.get(parameter, 0.0) + trace
+    total.services |= part.services
 
 
 def packed(sizes: Mapping[Item, int], most: int) -> list[list[Item]]:
@@ -173,13 +238,23 @@ class _Parameter:
             yield from self.cut(half, size, entries)
 
 
-def _chunks(
+def chunks(
     resolved: Mapping[str, Maps],
     architecture: Architecture,
     size: PassSize,
     entries: int,
-) -> Iterator[dict[str, Maps]]:
-    """Yield resolved spaces whose kernels add up to those of the given ones."""
+) -> list[Chunk]:
+    """Cut resolved spaces into parts whose kernels add up to theirs.
+
+    Args:
+        resolved: The maps of every space.
+        architecture: The model they are of.
+        size: Of a pass over the examples.
+        entries: Most numbers that a pass keeps, see `compute_in_chunks`.
+
+    Returns:
+        The chunks, parameters in the order of the spaces.
+    """
     held: dict[str, dict[Map, list[str]]] = {}
     for space, maps in resolved.items():
         for name, several in maps.items():
@@ -195,6 +270,7 @@ def _chunks(
         for number, (some, kept) in enumerate(parts):
             pieces[name, number] = parameter, some
             sizes[name, number] = kept
+    found = []
     for group in packed(sizes, entries):
         chunk: dict[str, Maps] = {}
         for parameter, some in (pieces[key] for key in group):
@@ -202,11 +278,16 @@ def _chunks(
                 for space in parameter.held[each]:
                     own = chunk.setdefault(space, {})
                     own[parameter.name] = (*own.get(parameter.name, ()), each)
-        yield chunk
+        found.append(Chunk(chunk, sum(sizes[key] for key in group)))
+    return found
 
 
-def _positions(batch: Batch) -> int:
-    """Return the positions of all examples: tokens, or vectors of features."""
+def count_positions(batch: Batch) -> int:
+    """Return the positions of all examples: tokens, or vectors of features.
+
+    Args:
+        batch: The examples.
+    """
     tensors = batch.values() if isinstance(batch, Mapping) else [batch]
     return max(
         t.numel() // t.shape[-1] if t.is_floating_point() else t.numel()

@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, given: list[str]) -> None:
     quiet = options.quiet or options.json
     spaces = requested_spaces(options)
-    folder = _folder(options)
+    folder = None if options.plan else _folder(options)
     with quiet_libraries():
         # Imported here: mistyped options need not wait for what draws and evaluates.
         import torch
 
-        from ntk.evaluation import evaluate
+        from ntk.evaluation import Comparison, evaluate
         from rocoft.backbone import load_backbone
         from rocoft.trainer import versions
 
@@ -79,6 +79,17 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
         if not quiet:
             for line in _opening(split, backbone):
                 print(line)  # noqa: T201
+        if folder is None:
+            compared = Comparison.of(
+                backbone,
+                split,
+                spaces,
+                with_head=options.head,
+                batch_size=options.batch_size,
+                approximate=options.approximate,
+            )
+            print("\n".join(compared.plan(options.memory).lines()))  # noqa: T201
+            return
         loaded = time.perf_counter() - start
         with progress_bar(quiet) as progress:
             evaluation = evaluate(
@@ -91,6 +102,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
                 batch_size=options.batch_size,
                 offset=options.offset,
                 approximate=options.approximate,
+                memory=options.memory,
                 progress=progress,
             )
         record = {

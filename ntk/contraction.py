@@ -31,6 +31,8 @@ from ntk.positions import position_gram
 BLOCK_ENTRIES = 2**16
 """Entries of each gradient formed at a time: enough for products to run at full speed,
 few enough that all examples' stay near the processor."""
+BLOCK_MEMORY = 2**26
+"""Entries of the gradients of all examples and outputs that are formed at a time."""
 PANEL_ROWS = 64
 """Rows of a symmetric product formed at a time: halves its operations when many."""
 POSITION_OVERHEAD = 16
@@ -106,7 +108,7 @@ def gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor
     ours, theirs = _matrices(left), _matrices(right)
     same_way = ours and theirs and ours[0][0].output_dim == theirs[0][0].output_dim
     prefix = is_prefix(left, right)
-    if how.linear and same_way and _positions_are_cheaper(ours, theirs, shape, prefix):
+    if how.linear and same_way and _positions_are_cheaper(ours, theirs, prefix):
         known = examples(right) if prefix else theirs
         return position_gram(ours, known, coupled=how.coupled)
     return _block_gram(left, right, shape, how)
@@ -142,21 +144,81 @@ def _sparse(factor: Factor) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Operations:
+    """Multiply-adds of contracting one linear weight, by either route.
+
+    Attributes:
+        positions: Of comparing positions.
+        blocks: Of forming G block by block and contracting those.
+    """
+
+    positions: float
+    blocks: float
+
+    @classmethod
+    def count(
+        cls,
+        shape: Sequence[int],
+        c: int,
+        examples: tuple[int, int],
+        positions: tuple[int, int],
+        *,
+        symmetric: bool,
+    ) -> "Operations":
+        """Count them.
+
+        Args:
+            shape: ``(d_out, d_in)``.
+            c: Outputs.
+            examples: n and m.
+            positions: Of the left and of the right examples.
+            symmetric: Whether the right examples are the first of the left ones.
+
+        Returns:
+            The operations; elementwise ones as `POSITION_OVERHEAD` says.
+        """
+        (n, m), (p, q), (d_out, d_in) = examples, positions, shape
+        pairs = p * q * (0.5 if symmetric and p == q else 1)
+        formed = c * (p if symmetric else p + q)
+        return cls(
+            pairs * (d_in + c * c * (d_out + POSITION_OVERHEAD)),
+            (formed + c * c * n * m) * d_out * d_in,
+        )
+
+    @property
+    def positions_are_cheaper(self) -> bool:
+        """Which of the two is taken."""
+        return self.positions < self.blocks
+
+    @property
+    def least(self) -> float:
+        """Those of the route that is taken."""
+        return min(self.positions, self.blocks)
+
+
 def _positions_are_cheaper(
-    left: Sequence[Sequence[Matrix]],
-    right: Sequence[Sequence[Matrix]],
-    shape: torch.Size,
-    prefix: bool,
+    left: Sequence[Sequence[Matrix]], right: Sequence[Sequence[Matrix]], prefix: bool
 ) -> bool:
     """Compare the multiply-adds of both routes."""
-    c = outputs(left)
     d_out, d_in = left[0][0].g[0].shape[2], left[0][0].x.shape[2]
     p, q = (sum(f.positions() for b in side for f in b) for side in (left, right))
-    pairs = p * q * (0.5 if prefix and p == q else 1)
-    by_position = pairs * (d_in + c * c * (d_out + POSITION_OVERHEAD))
-    formed = c * (p if prefix else p + q)
-    contracted = c * c * examples(left) * examples(right)
-    return by_position < (formed + contracted) * shape.numel()
+    return Operations.count(
+        (d_out, d_in),
+        outputs(left),
+        (examples(left), examples(right)),
+        (p, q),
+        symmetric=prefix,
+    ).positions_are_cheaper
+
+
+def block_entries(gradients: int) -> int:
+    """Return how many entries of each of so many gradients are formed at a time.
+
+    Args:
+        gradients: Outputs times examples of one side.
+    """
+    return min(BLOCK_ENTRIES, max(1, BLOCK_MEMORY // gradients))
 
 
 def _block_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor:
@@ -165,7 +227,8 @@ def _block_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) ->
     rows = shape[0] if len(shape) else 1
     width = shape.numel() // rows
     prefix = is_prefix(left, right)
-    step = min(rows, max(1, BLOCK_ENTRIES // width))
+    formed = block_entries(c * max(examples(left), m))
+    step = min(rows, max(1, formed // width))
     total: Tensor | None = None
     space = [
         workspace(s, c, step * width) for s in ((left,) if prefix else (left, right))

@@ -2,7 +2,7 @@
 
 What is stored for a parameter, and what is contracted together, is a `jobs.Job`; every
 Gram matrix is added to all spaces that hold its map. The right examples stay stored; of
-the left ones beside them only as many at a time as `LEFT_BYTES` have room for.
+the left ones beside them only as many at a time as there is room for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from ntk.maps import Map, Maps
 from rocoft.console import Progress
 
 LEFT_BYTES = 2**31
-"""What features and factors of left examples may take, as those of right ones do."""
+"""What features and factors of left examples may take unless told."""
 
 Store = dict[Key, Stored]
 
@@ -73,6 +73,7 @@ class Engine:
         maps: The resolved spaces by name.
         how: The contraction.
         progress: Called as the work goes on.
+        left_bytes: What is stored of left examples at a time.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Engine:
         maps: Mapping[str, Maps],
         how: Contraction,
         progress: Progress | None,
+        left_bytes: int = LEFT_BYTES,
     ) -> None:
         self.function = function
         self.left, self.right = left, right
@@ -92,6 +94,7 @@ class Engine:
         self.maps = maps
         self.how = how
         self.progress = progress
+        self.left_bytes = left_bytes
         self.outputs = 1
         self.jobs = {job.key: job for job in jobs(maps)}
         self.shapes = {n: p.shape for n, p in function.parameters.items()}
@@ -156,7 +159,8 @@ class Engine:
         # With one batch nothing has to wait for the others' gradients.
         alone = self.prefix and not further and len(self.right) == 1
         right = self._store(self.right, verdicts, counter, square if alone else None)
-        groups = _groups(further, stored_bytes(right.values()) / examples)
+        size = stored_bytes(right.values()) / examples
+        groups = _groups(further, size, self.left_bytes)
         steps = len(self.jobs) * (len(groups) + self.prefix)
         counted = Counter("contractions", steps, self.progress)
         if self.prefix:
@@ -261,12 +265,13 @@ class Engine:
         return list(job.members), whole.expand(len(job.members), -1, -1)
 
 
-def _groups(batches: Sequence[Batch], size: float) -> list[list[Batch]]:
+def _groups(batches: Sequence[Batch], size: float, room: int) -> list[list[Batch]]:
     """Part batches into groups that are stored together.
 
     Args:
         batches: In their order.
         size: Bytes that an example takes.
+        room: Most bytes of a group.
 
     Returns:
         Groups of at least one batch.
@@ -275,7 +280,7 @@ def _groups(batches: Sequence[Batch], size: float) -> list[list[Batch]]:
     used = 0.0
     for batch in batches:
         own = size * batch_length(batch)
-        if not groups or used + own > LEFT_BYTES:
+        if not groups or used + own > room:
             groups.append([])
             used = 0.0
         groups[-1].append(batch)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk.contraction import Contraction
-from ntk.engine import Engine, KernelResult
+from ntk.engine import LEFT_BYTES, Engine, KernelResult
 from ntk.function import (
     Inputs,
     NetworkFunction,
@@ -156,6 +156,7 @@ def compute(
     kind: Kind = "sgd",
     implementation: Implementation = "factors",
     batch_size: int | None = None,
+    left_bytes: int = LEFT_BYTES,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute kernels as `empirical_ntk` does and say how.
@@ -171,6 +172,8 @@ def compute(
         kind: As in `empirical_ntk`.
         implementation: As in `empirical_ntk`.
         batch_size: As in `empirical_ntk`.
+        left_bytes: What features and factors of left examples may take at a time,
+            besides those of the right ones, which all stay.
         progress: Called as the work goes on.
 
     Returns:
@@ -199,7 +202,7 @@ def compute(
     before, after = KINDS[kind]
     how = Contraction(before, after, coupled=reduce == "full")
     with evaluating(model):
-        engine = Engine(function, left, right, maps, how, progress)
+        engine = Engine(function, left, right, maps, how, progress, left_bytes)
         if implementation == "jvp":
             result = engine.run_products()
         else:

@@ -9,6 +9,7 @@ import yaml
 
 from ntk.approximation import Sketches
 from ntk.kernel import IMPLEMENTATIONS, KINDS
+from ntk.memory import parse_bytes
 from ntk.notation import parse_space
 from ntk.spaces import Bias, Columns, Embeddings, LoRA, Norm, Rows, Space
 from rocoft.selection import STRATEGIES
@@ -185,6 +186,20 @@ def build_parser() -> argparse.ArgumentParser:
         "reported, and falls with the root of S (default: computed)",
     )
     add(
+        "--memory",
+        type=memory,
+        metavar="SIZE",
+        help="most that is held while kernels are computed from factors, such as "
+        "4GiB, libraries and model included; what does not fit is computed in more "
+        "passes (default: what is held, and four fifths of what is free)",
+    )
+    add(
+        "--plan",
+        action="store_true",
+        help="print what would be computed in which pass, what it would hold and "
+        "about how long it would take, and compute nothing",
+    )
+    add(
         "--offset",
         action="store_true",
         help="classifiers start from the model's own outputs instead of zero",
@@ -323,6 +338,24 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
+
+
+def memory(text: str) -> int:
+    """Read an amount of memory.
+
+    Args:
+        text: Of an option.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ArgumentTypeError: If it is none.
+    """
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def sketches(text: str) -> Sketches:

@@ -387,6 +387,8 @@ def _certificate(record: Record) -> str:
     checked = [s for s in _spaces(record) if s.get("certificate")]
     if not checked:
         return "No entry was recomputed by the definition: exactness was not checked."
+    unchecked = [_label(s) for s in _spaces(record) if not s.get("certificate")]
+    besides = f" Not recomputed: {', '.join(unchecked)}." if unchecked else ""
     errors = {_label(s): _get(s, "certificate.relative_error") for s in checked}
     if bad := [label for label, error in errors.items() if not math.isfinite(error)]:
         return f"Recomputing entries gave no number for {', '.join(bad)}."
@@ -395,7 +397,7 @@ def _certificate(record: Record) -> str:
     return (
         f"{_show(entries, ',.0f')} random entries, recomputed by the definition, agree "
         f"with the kernels within a relative error of {errors[worst]:.1e} (the worst: "
-        f"{worst})."
+        f"{worst}).{besides}"
     )
 
 

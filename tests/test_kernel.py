@@ -412,7 +412,7 @@ def test_left_examples_may_be_stored_a_few_at_a_time(
         return store(self, side, *rest)
 
     monkeypatch.setattr(engine.Engine, "_store", stored)
-    monkeypatch.setattr(engine, "LEFT_BYTES", 1)
+    options["left_bytes"] = 1
     found = compute(model, batches, 2, spaces=SPACES, **options)
     assert held == [3, 2, 1]
     apart = compute(model, batches, batches[:2], spaces=SPACES, **options)
