@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return USAGE_ERROR
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)  # noqa: T201
+        print("interrupted; no report was written", file=sys.stderr)  # noqa: T201
         return 130
     return 0
 
@@ -103,6 +103,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
                 offset=options.offset,
                 approximate=options.approximate,
                 memory=options.memory,
+                cache=options.output / ".cache" if options.cache else None,
                 progress=progress,
             )
         record = {
@@ -185,7 +186,8 @@ def _write(record: dict[str, Any], kernels: dict[str, Any], folder: Path) -> Non
 def _show(record: dict[str, Any], folder: Path, options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from ntk.report import summary_lines, table, to_json
+    from ntk.findings import summary_lines
+    from ntk.report import table, to_json
 
     if options.json:
         print(to_json(record))  # noqa: T201

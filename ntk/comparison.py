@@ -12,9 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntk.approximation import Sketches
+from ntk.cache import content_key
 from ntk.calibration import calibrate
 from ntk.function import Batch
+from ntk.kernel import Kind
+from ntk.maps import Maps
 from ntk.memory import Plan, plan
+from ntk.resolution import resolve
 from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum, Without
 from rocoft.architecture import Architecture, SelectionError
 from rocoft.backbone import Backbone
@@ -107,6 +111,26 @@ class Comparison:
             return dict(self.spaces)
         others = {n: s for n, s in self.spaces.items() if n != "full"}
         return others | self.approximate.parted("full", self.spaces["full"])
+
+    @property
+    def resolved(self) -> dict[str, Maps]:
+        """The maps of the spaces whose kernels are computed."""
+        return resolve(self.computed, self.backbone.module)
+
+    def content_key(self, kind: Kind) -> str:
+        """Return a digest of all that the kernels depend on.
+
+        Args:
+            kind: Of kernel.
+        """
+        return content_key(
+            self.backbone.module,
+            self.data.batches,
+            self.data.train_batches,
+            self.resolved,
+            kind=kind,
+            readout=f"{self.backbone.readout} {self.backbone.prompt!r}",
+        )
 
     def plan(self, memory: int | None = None) -> Plan:
         """Plan the kernels' computation.

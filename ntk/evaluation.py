@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntk.approximation import ApproximateKernel, Sketches
+from ntk.cache import KernelCache
 from ntk.certificate import certify
 from ntk.comparison import Comparison, Examples
 from ntk.engine import KernelResult
@@ -77,6 +80,7 @@ def evaluate(
     offset: bool = False,
     approximate: Sketches | None = None,
     memory: int | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the kernels of some spaces with the full kernel.
@@ -93,6 +97,8 @@ def evaluate(
         approximate: How the full kernel is estimated; None means that it is computed.
         memory: Most bytes to hold while kernels are computed from factors; None means
             a share of what is free.
+        cache: Folder for kernels of factors, where those are kept that have been
+            computed, whole or half done, by their content; None means nowhere.
         progress: Called as the work goes on.
 
     Returns:
@@ -111,7 +117,22 @@ def evaluate(
             approximate=approximate,
         )
         roles, spaces, data = compared.roles, compared.spaces, compared.data
-        how, result = _computed(compared, kind, implementation, memory, progress)
+        kept, how = None, None
+        if implementation == "factors":
+            how = compared.plan(memory)
+            if cache is not None:
+                kept = KernelCache(cache, compared.content_key(kind))
+            result = _by_plan(compared, kind, how, kept, progress)
+        else:
+            result = compute(
+                module,
+                data.batches,
+                data.train_batches,
+                spaces=compared.computed,
+                kind=kind,
+                implementation=implementation,
+                progress=progress,
+            )
         outputs = _outputs(backbone, data)
     estimate: ApproximateKernel | None = None
     exact = {name: spaces[name] for name in roles}
@@ -183,6 +204,9 @@ def evaluate(
             "offset": offset,
             "estimate": None if estimate is None else _estimate(estimate),
             "passes": None if how is None else how.passes,
+            "kept": None
+            if kept is None
+            else {"found": kept.found, "problem": kept.problem},
         },
         "f0": {"accuracy": accuracy},
         "spaces": entries,
@@ -196,35 +220,29 @@ def evaluate(
     return Evaluation(record, {name: kernels[name] for name in roles})
 
 
-def _computed(
+def _by_plan(
     compared: Comparison,
     kind: Kind,
-    implementation: Implementation,
-    memory: int | None,
+    how: Plan,
+    kept: KernelCache | None,
     progress: Progress | None,
-) -> tuple[Plan | None, KernelResult]:
-    """Compute the kernels, as planned if there is a choice."""
-    module, data = compared.backbone.module, compared.data
-    if implementation == "factors":
-        how = compared.plan(memory)
-        found = compute_as_planned(
-            module,
-            data.batches,
-            how,
-            spaces=compared.computed,
-            kind=kind,
-            progress=progress,
-        )
-        return how, found
-    return None, compute(
-        module,
-        data.batches,
-        data.train_batches,
+) -> KernelResult:
+    """Compute what of the kernels has not been kept."""
+    work = partial(
+        compute_as_planned,
+        compared.backbone.module,
+        compared.data.batches,
         spaces=compared.computed,
         kind=kind,
-        implementation=implementation,
         progress=progress,
     )
+    if kept is None:
+        return work(how)
+    resolved = compared.resolved
+    with kept.held():
+        how, done, found = kept.load(how, resolved)
+        keep = lambda number, sums: kept.store(how, resolved, number, sums)
+        return work(how, start=(found, done), keep=keep)
 
 
 def _outputs(backbone: Backbone, data: Examples) -> Array:

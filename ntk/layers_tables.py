@@ -11,7 +11,7 @@ from typing import Any
 from ntk.layers_predictors import PREDICTORS, SIZE
 from ntk.layers_records import HEAD
 from ntk.layers_summary import ALL
-from ntk.report import DASH
+from ntk.record_values import DASH
 from ntk.study_grids import SCORE, Form, Grid, number, write
 from ntk.study_scores import Row
 from ntk.study_summary import ShotsPart, select

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ntk.linearization import BOUNDED
 from ntk.linearization_summary import SLOPES, STRONGEST
-from ntk.report import DASH
+from ntk.record_values import DASH
 from ntk.study_grids import SCORE, Form, Grid, number, write
 from ntk.study_scores import Row
 

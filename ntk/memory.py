@@ -12,7 +12,7 @@ and goes back no further than it must.
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil  # type: ignore[import-untyped]
@@ -255,6 +255,8 @@ def compute_as_planned(
     spaces: Mapping[str, Space],
     kind: Kind = "sgd",
     reduce: Reduction = "full",
+    start: tuple[KernelResult, int] | None = None,
+    keep: Callable[[int, KernelResult], None] | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute kernels as `kernel.compute` does, pass by pass.
@@ -266,32 +268,37 @@ def compute_as_planned(
         spaces: As in `plan`.
         kind: As in `kernel.compute`.
         reduce: As in `plan`.
+        start: The sums of so many first passes, changed in place; None means none.
+        keep: Called after each pass with how many are done and their sums.
         progress: As in `kernel.compute`.
 
     Returns:
         The kernels and their provenance. The same plan gives the same bits.
     """
-    total = KernelResult({})
-    for some in how.columns:
+    result, done = (KernelResult({}), 0) if start is None else start
+    steps = [(some, chunk) for some in how.columns for chunk in how.chunks]
+    for number, (some, chunk) in enumerate(steps[done:], done + 1):
         ordered = [*some, *(i for i in range(len(batches)) if i not in set(some))]
-        column = KernelResult({})
-        for chunk in how.chunks:
-            part = compute_chunk(
-                model,
-                [batches[i] for i in ordered],
-                len(some),
-                chunk,
-                spaces=spaces,
-                kind=kind,
-                reduce=reduce,
-                left_bytes=how.left_bytes,
-                progress=progress,
-            )
-            add(column, part)
-        if len(how.columns) == 1:
-            return column
-        _join(total, column, ordered, len(some), batches, how.examples)
-    return total
+        part = compute_chunk(
+            model,
+            [batches[i] for i in ordered],
+            len(some),
+            chunk,
+            spaces=spaces,
+            kind=kind,
+            reduce=reduce,
+            left_bytes=how.left_bytes,
+            progress=progress,
+        )
+        if len(how.columns) > 1:
+            _widen(part, ordered, len(some), batches, how.examples)
+        if number > len(how.chunks):
+            # Of the same parameters as the first columns.
+            part.sizes = dict.fromkeys(part.sizes, 0)
+        add(result, part)
+        if keep is not None:
+            keep(number, result)
+    return result
 
 
 def held(device: torch.device) -> int:
@@ -340,29 +347,22 @@ def in_units(amount: float) -> str:
     return f"{amount / 2**10:.3g} KiB"
 
 
-def _join(
-    total: KernelResult,
-    column: KernelResult,
+def _widen(
+    part: KernelResult,
     ordered: Sequence[int],
     right: int,
     batches: Sequence[Batch],
     examples: tuple[int, int],
 ) -> None:
-    """Put columns of the kernels, whose rows are in another order, in their place."""
+    """Put columns of kernels, whose rows are in another order, among zeros."""
     lengths = list(map(batch_length, batches))
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     rows = [k for i in ordered for k in range(starts[i], starts[i] + lengths[i])]
     first, count = starts[ordered[0]], sum(lengths[i] for i in ordered[:right])
-    for name, kernel in column.kernels.items():
-        if name not in total.kernels:
-            total.kernels[name] = kernel.new_empty(*examples, *kernel.shape[2:])
-        total.kernels[name][rows, first : first + count] = kernel
-    for name, traces in column.traces.items():
-        known = total.traces.setdefault(name, {})
-        for parameter, trace in traces.items():
-            known[parameter] = known.get(parameter, 0.0) + trace
-    total.sizes = column.sizes
-    total.services |= column.services
+    for name, kernel in part.kernels.items():
+        whole = kernel.new_zeros(*examples, *kernel.shape[2:])
+        whole[rows, first : first + count] = kernel
+        part.kernels[name] = whole
 
 
 def _free(device: torch.device) -> int:

@@ -214,6 +214,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="results go to DIR/NAME (default: %(default)s)",
     )
     add(
+        "--cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep kernels of factors in DIR/.cache while and after they are computed, "
+        "by a digest of the model, the examples and the spaces: the same command goes "
+        "on where it was stopped, and does not compute again (default: yes)",
+    )
+    add(
         "--config",
         type=Path,
         metavar="FILE",

@@ -7,7 +7,8 @@ be compared, and says how many these are.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ntk.report import DASH, escape
+from ntk.record_values import DASH
+from ntk.report import escape
 from ntk.study_scores import Row, across
 
 Column = Mapping[str, Row | None]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from ntk.report import DASH
+from ntk.record_values import DASH
 from ntk.study_grids import (
     KERNEL_OVER,
     POINTS,

@@ -83,7 +83,10 @@ def test_files(result):
     names = {p.name for p in result.folder.iterdir()}
     expected = ["figures", "kernels.safetensors"]
     assert names == {*expected, "report.html", "report.json", "report.md"}
-    assert [p.name for p in result.folder.parent.iterdir()] == ["first"]
+    assert {p.name for p in result.folder.parent.iterdir()} == {"first", ".cache"}
+    (kept,) = (result.folder.parent / ".cache").glob("*.safetensors")
+    assert result.record["kernel"]["kept"] == {"found": 0, "problem": ""}
+    assert kept.stat().st_size < 10**6
     assert list((result.folder / "figures").glob("*.svg"))
     assert list((result.folder / "figures").glob("*.png"))
     assert "rows:1/layers=0" in (result.folder / "report.md").read_text()
@@ -363,7 +366,7 @@ def interrupt(*args, **options):
 def test_interrupted(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", interrupt)
     assert run(*TINY, "--output", tmp_path / "runs") == 130
-    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert "interrupted; no report was written" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -8,8 +8,9 @@ from dense import assert_close
 from test_backbone import checkpoint, reviews
 
 from ntk.evaluation import evaluate
+from ntk.findings import summary_lines
 from ntk.kernel import KINDS, empirical_ntk
-from ntk.report import summary_lines, write_report
+from ntk.report import write_report
 from ntk.spaces import Bias, Columns, Full, Head, LoRA, Rows
 from rocoft.architecture import Architecture
 from rocoft.backbone import load_backbone

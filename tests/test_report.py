@@ -7,16 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from ntk.report import (
-    html,
-    markdown,
-    question,
-    rows,
-    summary_lines,
-    table,
-    to_json,
-    write_report,
-)
+from ntk.findings import question, summary_lines
+from ntk.report import html, markdown, rows, table, to_json, write_report
 from ntk.storage import StorageError
 
 NAN = float("nan")
