@@ -14,6 +14,7 @@ A call that no rule knows makes the parameter *unserved*; the definition serves 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from weakref import ref
 
@@ -405,19 +406,19 @@ PICKING = {
 """Functions that reorder or pick positions as the data say."""
 
 
+OPERATORS = {
+    **{"__matmul__": "matmul", "__mul__": "mul", "__rmul__": "mul"},
+    **{"multiply": "mul", "__add__": "add", "__radd__": "add", "__sub__": "sub"},
+}
+"""Functions that rules know by another name."""
+
+
+@lru_cache(maxsize=512)
 def _name(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "")
-    plain = {
-        "__matmul__": "matmul",
-        "__mul__": "mul",
-        "__rmul__": "mul",
-        "multiply": "mul",
-    }
-    return {**plain, "__add__": "add", "__radd__": "add", "__sub__": "sub"}.get(
-        name, name
-    )
+    return OPERATORS.get(name, name)
 
 
 def _picks(name: str, args: tuple[Any, ...]) -> bool:

@@ -187,13 +187,19 @@ def _vector(
     return Use(alias.name, output, lambda h: Vector(reduced(h)[None]), kept)
 
 
+def _wanted(observer: Observer, value: Any) -> Alias | None:
+    """Return what recorded parameter a value is, if any."""
+    alias = observer.of(value)
+    return alias if alias is not None and alias.name in observer.wanted else None
+
+
 def _linear(observer: Observer, call: Call, output: Tensor) -> list[Use]:
     uses = []
     if observer.of(call["input"]):
         raise NotByExampleError("it is the input of a layer")
-    if alias := observer.of(call["weight"]):
+    if alias := _wanted(observer, call["weight"]):
         uses.append(_matrix(observer, {**call, "output_dim": 0}, output, alias))
-    if alias := observer.of(call.get("bias")):
+    if alias := _wanted(observer, call.get("bias")):
         uses.append(_vector(observer, alias, output))
     return uses
 
@@ -203,8 +209,9 @@ def _matmul(observer: Observer, call: Call, output: Tensor) -> list[Use]:
     alias = observer.of(call["weight"])
     if alias is None or observer.of(call["input"]) or call.keys() & {"alpha", "beta"}:
         raise NotByExampleError("it is the left side of a product")
-    uses.append(_matrix(observer, {**call, "output_dim": 1}, output, alias))
-    if alias := observer.of(call.get("bias")):
+    if alias.name in observer.wanted:
+        uses.append(_matrix(observer, {**call, "output_dim": 1}, output, alias))
+    if alias := _wanted(observer, call.get("bias")):
         uses.append(_vector(observer, alias, output))
     return uses
 
@@ -245,11 +252,11 @@ def _normalised(
             raise NotByExampleError("it is the input of a normalisation")
         uses = []
         weight, bias = call.get("weight"), call.get("bias")
-        if (alias := observer.of(weight)) and alias.name in observer.wanted:
+        if alias := _wanted(observer, weight):
             with torch.no_grad():
                 normal = normalise({**call, "input": call["input"].detach()})
             uses.append(_vector(observer, alias, output, normal, channel))
-        if alias := observer.of(bias):
+        if alias := _wanted(observer, bias):
             uses.append(_vector(observer, alias, output, None, channel))
         return uses
 
@@ -295,7 +302,7 @@ def _conv(observer: Observer, call: Call, output: Tensor) -> list[Use]:
 
         observer.by_example(output.detach())
         uses.append(Use(alias.name, output, factor))
-    if alias := observer.of(call.get("bias")):
+    if alias := _wanted(observer, call.get("bias")):
         uses.append(_vector(observer, alias, output, None, channel=1))
     return uses
 
