@@ -26,6 +26,7 @@ from ntk.protocol import Protocol
 from ntk.study import Key, Record, Study, Unit
 from ntk.study_options import (
     add_fine_tuning_options,
+    add_singular,
     add_split_options,
     add_work_options,
     cells,
@@ -56,14 +57,7 @@ def build_layers_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add_split_options(parser, SEEDS)
     # One task is what the command is for; several are a study.
-    parser.add_argument(
-        "--task",
-        dest="tasks",
-        nargs="+",
-        default=argparse.SUPPRESS,
-        metavar="TASK",
-        help="the same as --tasks, which is its name in --config",
-    )
+    add_singular(parser, "--task", "--tasks")
     add_fine_tuning_options(parser, choose_lr=False)
     add_work_options(parser, LAYERS)
     parser.set_defaults(coupled=False)

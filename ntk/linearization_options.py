@@ -13,6 +13,7 @@ from ntk.options import add_model_options, positive
 from ntk.protocol import Protocol
 from ntk.study import Key, Unit
 from ntk.study_options import (
+    add_singular,
     add_split_options,
     add_work_options,
     cells,
@@ -46,6 +47,8 @@ def build_linearization_parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser)
     add_split_options(parser, SEEDS)
+    add_singular(parser, "--task", "--tasks")
+    add_singular(parser, "--method", "--methods")
     _add_training_options(parser)
     add_work_options(parser, "linearization")
     # Both trainings are looked at where they end.

@@ -11,6 +11,24 @@ from rocoft.methods import parse_method
 from rocoft.tasks import HUB, TaskError
 
 
+def add_singular(parser: argparse.ArgumentParser, flag: str, of: str) -> None:
+    """Add a second name of an option, for a command that is mostly given one value.
+
+    Args:
+        parser: Of a command, with the option or before it is added.
+        flag: The second name, such as ``--task``.
+        of: The option, such as ``--tasks``.
+    """
+    parser.add_argument(
+        flag,
+        dest=of.removeprefix("--"),
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar=flag.removeprefix("--").upper(),
+        help=f"the same as {of}, which is its name in --config",
+    )
+
+
 def add_split_options(
     parser: argparse.ArgumentParser, seeds: Sequence[int], of: str = ""
 ) -> None:

@@ -586,3 +586,9 @@ def test_it_is_a_module_and_a_function():
     assert "-1 must be a finite number, at least 0" in done.stderr
     assert callable(linearize)
     assert replace(Training("lora:8", 0.5)).anchor == Anchor(0.5)
+
+
+def test_one_task_and_one_method_may_be_named_as_such():
+    asked = ["--task", "sst2", "--method", "rows:3", "--lambdas", "0"]
+    options = parse_options(asked, build_linearization_parser())
+    assert (options.tasks, options.methods) == (["sst2"], ["rows:3"])
