@@ -122,7 +122,7 @@ def evaluate(
             how = compared.plan(memory)
             if cache is not None:
                 kept = KernelCache(cache, compared.content_key(kind))
-            result = _by_plan(compared, kind, how, kept, progress)
+            how, result = _by_plan(compared, kind, how, kept, progress)
         else:
             result = compute(
                 module,
@@ -226,8 +226,8 @@ def _by_plan(
     how: Plan,
     kept: KernelCache | None,
     progress: Progress | None,
-) -> KernelResult:
-    """Compute what of the kernels has not been kept."""
+) -> tuple[Plan, KernelResult]:
+    """Compute what has not been kept; return the plan that was followed, too."""
     work = partial(
         compute_as_planned,
         compared.backbone.module,
@@ -237,12 +237,12 @@ def _by_plan(
         progress=progress,
     )
     if kept is None:
-        return work(how)
+        return how, work(how)
     resolved = compared.resolved
     with kept.held():
         how, done, found = kept.load(how, resolved)
         keep = lambda number, sums: kept.store(how, resolved, number, sums)
-        return work(how, start=(found, done), keep=keep)
+        return how, work(how, start=(found, done), keep=keep)
 
 
 def _outputs(backbone: Backbone, data: Examples) -> Array:

@@ -218,7 +218,11 @@ def plan(
         examples=max(sum(batch_length(batches[i]) for i in some) for some in columns),
         positions=sum(positions[i] for i in most),
     )
-    parts = chunks(resolved, architecture, size, max(0, room) // ENTRY)
+    # A power of two, unless one map alone is more: passes do not depend on a little
+    # memory, so that the same command has the same plan and the same last digits.
+    least = max(c.entries for c in chunks(resolved, architecture, size, 1))
+    limit = max(_power_of_two(room) // ENTRY, least)
+    parts = chunks(resolved, architecture, size, limit)
     if (kept := ENTRY * max(part.entries for part in parts)) > room:
         need = (budget * (1 - SLACK) - free + kept * (free / room if room else 2)) / (
             1 - SLACK
@@ -238,7 +242,7 @@ def plan(
         workspace=workspace,
         chunks=tuple(parts),
         columns=tuple(map(tuple, columns)),
-        left_bytes=free - room,
+        left_bytes=_power_of_two(free - room),
         examples=(n, m),
         outputs=whole.outputs,
         seconds_per_example=seconds,
@@ -363,6 +367,11 @@ def _widen(
         whole = kernel.new_zeros(*examples, *kernel.shape[2:])
         whole[rows, first : first + count] = kernel
         part.kernels[name] = whole
+
+
+def _power_of_two(amount: int) -> int:
+    """Return the largest power of two that is no more, 0 if there is none."""
+    return 1 << (amount.bit_length() - 1) if amount > 0 else 0
 
 
 def _free(device: torch.device) -> int:
