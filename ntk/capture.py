@@ -256,6 +256,11 @@ class Recorder(TorchFunctionMode):
         if output.requires_grad:
             output.register_hook(report)
 
+    def release(self) -> None:
+        """Let go of the graph, which what the uses keep would hold in a circle."""
+        self.arrived = None
+        self.uses, self.watched, self.leaves = [], [], []
+
     def layouts(self) -> dict[str, tuple[str, ...]]:
         """Return, by parameter, how the examples lay in the output of each use."""
         found: dict[str, tuple[str, ...]] = {}
@@ -355,9 +360,7 @@ def backward(outputs: Tensor, recorder: Recorder, receive: Receiver) -> None:
             for number in sorted(waiting):
                 deliver(number, k, None)
     finally:
-        # What the uses keep leads back here: nothing would be freed.
-        recorder.arrived = None
-        recorder.uses, recorder.watched, recorder.leaves = [], [], []
+        recorder.release()
 
 
 def complete(outputs: Tensor, recorder: Recorder) -> dict[str, list[Factor]]:

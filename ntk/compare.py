@@ -58,7 +58,9 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
         # Imported here: mistyped options need not wait for what draws and evaluates.
         import torch
 
-        from ntk.evaluation import Comparison, evaluate
+        from ntk.comparison import Comparison
+        from ntk.estimate import Estimate
+        from ntk.evaluation import evaluate
         from rocoft.backbone import load_backbone
         from rocoft.trainer import versions
 
@@ -88,7 +90,9 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
                 batch_size=options.batch_size,
                 approximate=options.approximate,
             )
-            print("\n".join(compared.plan(options.memory).lines()))  # noqa: T201
+            how = compared.plan(options.memory)
+            found = Estimate.of(backbone.module, compared.data.batches, how)
+            print("\n".join(found.lines()))  # noqa: T201
             return
         loaded = time.perf_counter() - start
         with progress_bar(quiet) as progress:

@@ -7,6 +7,7 @@ the rows and columns that training examples choose.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +105,7 @@ class Comparison:
             spaces = {name: Without(space, own) for name, space in spaces.items()}
         return cls(backbone, split, roles, spaces, approximate, head is not None, data)
 
-    @property
+    @cached_property
     def computed(self) -> dict[str, Space]:
         """The spaces whose kernels are computed: sketches of an estimated one."""
         if self.approximate is None:
@@ -112,7 +113,7 @@ class Comparison:
         others = {n: s for n, s in self.spaces.items() if n != "full"}
         return others | self.approximate.parted("full", self.spaces["full"])
 
-    @property
+    @cached_property
     def resolved(self) -> dict[str, Maps]:
         """The maps of the spaces whose kernels are computed."""
         return resolve(self.computed, self.backbone.module)

@@ -11,15 +11,14 @@ and goes back no further than it must.
 """
 
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
-from ntk.capture import backward, record
+from ntk.capture import record
 from ntk.chunks import (
     Chunk,
     PassSize,
@@ -29,11 +28,11 @@ from ntk.chunks import (
     count_positions,
     packed,
 )
-from ntk.contraction import Operations, block_entries
+from ntk.contraction import block_entries
 from ntk.engine import KernelResult
 from ntk.function import Batch, NetworkFunction, batch_length, evaluating
 from ntk.kernel import Kind, Reduction
-from ntk.maps import Maps, Whole
+from ntk.maps import Maps
 from ntk.resolution import resolve
 from ntk.spaces import Space
 from rocoft.architecture import Architecture
@@ -59,29 +58,10 @@ ENTRY = 4
 """Bytes of a number that a pass keeps, of float32."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-PRODUCT = 512
-"""Rows of the matrix product whose rate is measured."""
 
 
 class MemoryBudgetError(ValueError):
     """A budget in which the work cannot be done."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """How weights of one shape are contracted.
-
-    Attributes:
-        shape: ``(d_out, d_in)``.
-        weights: How many there are.
-        route: ``"positions"`` or ``"blocks"``.
-        operations: Multiply-adds of all of them.
-    """
-
-    shape: tuple[int, int]
-    weights: int
-    route: str
-    operations: float
 
 
 @dataclass(frozen=True)
@@ -101,9 +81,6 @@ class Plan:
         left_bytes: What is kept of left examples at a time.
         examples: n and m.
         outputs: c.
-        seconds_per_example: Of a pass, forward and c times backward, on one batch.
-        routes: How whole weights are contracted.
-        multiply_adds_per_second: Of a matrix product here.
     """
 
     budget: int
@@ -116,9 +93,6 @@ class Plan:
     left_bytes: int
     examples: tuple[int, int]
     outputs: int
-    seconds_per_example: float
-    routes: tuple[Route, ...]
-    multiply_adds_per_second: float
 
     @property
     def peak(self) -> int:
@@ -133,39 +107,6 @@ class Plan:
     def passes(self) -> int:
         """How often every example passes the model."""
         return len(self.chunks) * len(self.columns)
-
-    @property
-    def seconds(self) -> float:
-        """About how long it will take: all passes whole, and products at full speed."""
-        operations = sum(route.operations for route in self.routes)
-        passes = self.passes * self.examples[0] * self.seconds_per_example
-        return passes + operations / self.multiply_adds_per_second
-
-    def lines(self) -> list[str]:
-        """Return the plan as text."""
-        n, m = self.examples
-        columns = "" if len(self.columns) == 1 else f" in {len(self.columns)} parts"
-        found = [
-            f"budget {in_units(self.budget)}, at most {in_units(self.peak)} held: "
-            f"{in_units(self.held)} before, {in_units(self.activations)} by a batch, "
-            f"{in_units(self.sums)} by the kernels, {in_units(self.workspace)} by "
-            "products, the rest by what is kept of examples",
-            f"kernels {n} x {m}{columns}; every example passes {self.passes} x, "
-            f"forward and {self.outputs} x backward, {self.seconds_per_example:.2g} s",
-        ]
-        for number, chunk in enumerate(self.chunks, 1):
-            names = {name for maps in chunk.spaces.values() for name in maps}
-            found.append(
-                f"pass {number}: {len(names)} parameters, {len(chunk.spaces)} spaces, "
-                f"{in_units(chunk.entries * ENTRY)} kept of the right examples"
-            )
-        for route in self.routes:
-            d_out, d_in = route.shape
-            found.append(
-                f"{route.weights} whole weights {d_out} x {d_in}: contracted by "
-                f"{route.route}, {route.operations:.2g} multiply-adds"
-            )
-        return [*found, f"about {self.seconds:.2g} s in all"]
 
 
 def plan(
@@ -198,7 +139,7 @@ def plan(
     before = held(device)
     budget = memory or before + int(SHARE * _free(device))
     whole = PassSize.of(model, batches, reduce)
-    activations, seconds = _one_pass(model, batches)
+    activations = _activations(model, batches)
     n, m = (sum(map(batch_length, side)) for side in (batches, batches[:right]))
     pairs = whole.outputs**2 if reduce == "full" else 1
     sums = SUMS * 8 * n * m * pairs * len(spaces)
@@ -210,8 +151,9 @@ def plan(
 
     architecture, resolved = Architecture(model), resolve(spaces, model)
     positions = {i: count_positions(batch) for i, batch in enumerate(batches[:right])}
-    share = room / _largest(resolved, architecture, whole, positions)
-    columns = packed(positions, int(share * sum(positions.values())))
+    right_size = replace(whole, positions=sum(positions.values()))
+    share = room / _largest(resolved, architecture, right_size)
+    columns = packed(positions, int(share * right_size.positions))
     most = max(columns, key=lambda some: sum(positions[i] for i in some))
     size = replace(
         whole,
@@ -220,9 +162,8 @@ def plan(
     )
     # A power of two, unless one map alone is more: passes do not depend on a little
     # memory, so that the same command has the same plan and the same last digits.
-    least = max(c.entries for c in chunks(resolved, architecture, size, 1))
-    limit = max(_power_of_two(room) // ENTRY, least)
-    parts = chunks(resolved, architecture, size, limit)
+    limit = max(_power_of_two(room), _largest(resolved, architecture, size))
+    parts = chunks(resolved, architecture, size, limit // ENTRY)
     if (kept := ENTRY * max(part.entries for part in parts)) > room:
         need = (budget * (1 - SLACK) - free + kept * (free / room if room else 2)) / (
             1 - SLACK
@@ -245,9 +186,6 @@ def plan(
         left_bytes=_power_of_two(free - room),
         examples=(n, m),
         outputs=whole.outputs,
-        seconds_per_example=seconds,
-        routes=tuple(_routes(parts, architecture, whole, (n, m))),
-        multiply_adds_per_second=_rate(device),
     )
 
 
@@ -382,86 +320,34 @@ def _free(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _one_pass(model: nn.Module, batches: Sequence[Batch]) -> tuple[int, float]:
-    """Measure what the largest batch's pass holds (bytes), and seconds an example."""
+def _activations(model: nn.Module, batches: Sequence[Batch]) -> int:
+    """Measure what the largest batch leaves between forward and backward (bytes)."""
     batch = max(batches, key=count_positions)
     function = NetworkFunction(model)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with evaluating(model):
-        for _ in range(2):  # The first one is slower.
-            kept: dict[int, int] = {}
-            note = lambda tensor, kept=kept: _note(tensor, own, kept)
-            start = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-                found, recorder = record(function, batch, function.parameters)
-            for use in recorder.uses:
-                if use.inputs is not None:
-                    note(use.inputs)
-            largest = max((use.shape.numel() for use in recorder.uses), default=0)
-            backward(found, recorder, lambda use, k, factor: None)
-            took = time.perf_counter() - start
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with evaluating(model), hooks:
+        _, recorder = record(function, batch, function.parameters)
+    for use in recorder.uses:
+        if use.inputs is not None:
+            note(use.inputs)
+    largest = max((use.shape.numel() for use in recorder.uses), default=0)
+    recorder.release()
     # Beside the graph a few gradients and outputs of layers live at a time.
-    return sum(kept.values()) + 4 * ENTRY * largest, took / batch_length(batch)
-
-
-def _note(tensor: Tensor, own: set[int], kept: dict[int, int]) -> Tensor:
-    storage = tensor.untyped_storage()
-    if storage.data_ptr() not in own:
-        kept[storage.data_ptr()] = storage.nbytes()
-    return tensor
+    return sum(kept.values()) + 4 * ENTRY * largest
 
 
 def _largest(
-    resolved: Mapping[str, Maps],
-    architecture: Architecture,
-    size: PassSize,
-    positions: Mapping[int, int],
+    resolved: Mapping[str, Maps], architecture: Architecture, size: PassSize
 ) -> int:
-    """Return the bytes kept of the right examples for the map that keeps most."""
-    right = replace(size, positions=sum(positions.values()))
-    alone = chunks(resolved, architecture, right, 1)
+    """Return the bytes kept of some right examples for the map that keeps most."""
+    alone = chunks(resolved, architecture, size, 1)
     return ENTRY * max(1, *(chunk.entries for chunk in alone))
-
-
-def _routes(
-    parts: Sequence[Chunk],
-    architecture: Architecture,
-    size: PassSize,
-    examples: tuple[int, int],
-) -> Iterator[Route]:
-    """Yield how whole weights are contracted, by their shape."""
-    n, m = examples
-    p = size.positions
-    q = round(p * m / n)
-    held = {
-        name
-        for part in parts
-        for maps in part.spaces.values()
-        for name, several in maps.items()
-        if any(isinstance(each, Whole) for each in several)
-    }
-    tables = set(architecture.embeddings)
-    found: dict[tuple[int, int], list[str]] = {}
-    for name in sorted(held - tables):
-        of = architecture.linear_weights.get(name)
-        if of is not None:
-            found.setdefault((of.outputs, of.inputs), []).append(name)
-    for shape, names in found.items():
-        square = Operations.count(shape, size.outputs, (m, m), (q, q), symmetric=True)
-        rest = Operations.count(
-            shape, size.outputs, (n - m, m), (p - q, q), symmetric=False
-        )
-        how = "positions" if square.positions_are_cheaper else "blocks"
-        operations = len(names) * (square.least + (rest.least if n > m else 0))
-        yield Route(shape, len(names), how, operations)
-
-
-def _rate(device: torch.device) -> float:
-    """Return multiply-adds a second of a float32 matrix product."""
-    a = torch.ones(PRODUCT, PRODUCT, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # Waits for the device.
-        best = min(best, time.perf_counter() - start)
-    return PRODUCT**3 / best

@@ -11,6 +11,7 @@ from cases import BY_NAME
 from dense import assert_close
 
 from ntk import memory
+from ntk.estimate import Estimate
 from ntk.kernel import compute
 from ntk.memory import MemoryBudgetError, compute_as_planned, in_units, parse_bytes
 from ntk.spaces import Bias, Columns, Full, LoRA, Rows
@@ -26,7 +27,7 @@ SPACES = {
 def bare(monkeypatch):
     """Count nothing but what passes keep."""
     monkeypatch.setattr(memory, "held", lambda device: 0)
-    monkeypatch.setattr(memory, "_one_pass", lambda model, batches: (0, 0.0))
+    monkeypatch.setattr(memory, "_activations", lambda model, batches: 0)
     monkeypatch.setattr(memory, "block_entries", lambda gradients: 0)
     monkeypatch.setattr(memory, "SUMS", 0)
     monkeypatch.setattr(memory, "SLACK", 0)
@@ -53,11 +54,11 @@ def test_kernels_are_the_same_by_every_plan(
     arguments = {"spaces": SPACES, "reduce": reduce}
     roomy = memory.plan(model, batches, right, memory=10**9, **arguments)
     # The room of the largest map of all right examples, and as much for left ones.
+    positions = sum(map(memory.count_positions, batches[:right]))
     largest = memory._largest(
         memory.resolve(SPACES, model),
         memory.Architecture(model),
-        memory.PassSize.of(model, batches, reduce),
-        {i: memory.count_positions(batch) for i, batch in enumerate(batches[:right])},
+        replace(memory.PassSize.of(model, batches, reduce), positions=positions),
     )
     budget = int(share * largest * (1 if right == len(batches) else 2)) + 8
     how = memory.plan(model, batches, right, memory=budget, **arguments)
@@ -104,12 +105,13 @@ def test_without_a_budget_all_that_is_free_is_shared():
 def test_the_plan_as_text_names_passes_routes_and_time():
     model, batches = in_pairs("bert", 4)
     how = memory.plan(model, batches, 1, spaces=SPACES)
-    text = "\n".join(how.lines())
+    found = Estimate.of(model, batches, how)
+    text = "\n".join(found.lines())
     assert "kernels 4 x 2; every example passes 1 x" in text
     assert "pass 1:" in text
     assert "contracted by positions" in text or "contracted by blocks" in text
     assert text.endswith("s in all")
-    slow = replace(how, seconds_per_example=10.0)
+    slow = replace(found, seconds_per_example=10.0)
     assert slow.seconds == pytest.approx(40, rel=0.1)
 
 

@@ -1,0 +1,158 @@
+"""About how long a plan takes: passes timed on one batch, products counted."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ntk.capture import backward, record
+from ntk.chunks import count_positions
+from ntk.contraction import Operations
+from ntk.function import Batch, NetworkFunction, batch_length, evaluating
+from ntk.maps import Whole
+from ntk.memory import ENTRY, Plan, in_units
+from rocoft.architecture import Architecture
+
+__all__ = ["Estimate", "Route"]
+
+PRODUCT = 512
+"""Rows of the matrix product whose rate is measured."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How weights of one shape are contracted.
+
+    Attributes:
+        shape: ``(d_out, d_in)``.
+        weights: How many there are.
+        route: ``"positions"`` or ``"blocks"``.
+        operations: Multiply-adds of all of them.
+    """
+
+    shape: tuple[int, int]
+    weights: int
+    route: str
+    operations: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan comes to on this machine.
+
+    Attributes:
+        plan: The plan.
+        seconds_per_example: Of a pass, forward and c times backward, on one batch.
+        routes: How whole weights are contracted.
+        multiply_adds_per_second: Of a matrix product here.
+    """
+
+    plan: Plan
+    seconds_per_example: float
+    routes: tuple[Route, ...]
+    multiply_adds_per_second: float
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Sequence[Batch], how: Plan) -> "Estimate":
+        """Time a pass and a product, and count the products.
+
+        Args:
+            model: As in `memory.plan`.
+            batches: As in `memory.plan`.
+            how: The plan.
+
+        Returns:
+            The estimate.
+        """
+        routes = tuple(_routes(Architecture(model), batches, how))
+        rate = _rate(next(model.parameters()).device)
+        return cls(how, _seconds_per_example(model, batches), routes, rate)
+
+    @property
+    def seconds(self) -> float:
+        """About how long it will take: all passes whole, and products at full speed."""
+        how = self.plan
+        operations = sum(route.operations for route in self.routes)
+        passes = how.passes * how.examples[0] * self.seconds_per_example
+        return passes + operations / self.multiply_adds_per_second
+
+    def lines(self) -> list[str]:
+        """Return the plan as text."""
+        how = self.plan
+        n, m = how.examples
+        columns = "" if len(how.columns) == 1 else f" in {len(how.columns)} parts"
+        found = [
+            f"budget {in_units(how.budget)}, at most {in_units(how.peak)} held: "
+            f"{in_units(how.held)} before, {in_units(how.activations)} by a batch, "
+            f"{in_units(how.sums)} by the kernels, {in_units(how.workspace)} by "
+            "products, the rest by what is kept of examples",
+            f"kernels {n} x {m}{columns}; every example passes {how.passes} x, "
+            f"forward and {how.outputs} x backward, {self.seconds_per_example:.2g} s",
+        ]
+        for number, chunk in enumerate(how.chunks, 1):
+            names = {name for maps in chunk.spaces.values() for name in maps}
+            found.append(
+                f"pass {number}: {len(names)} parameters, {len(chunk.spaces)} spaces, "
+                f"{in_units(chunk.entries * ENTRY)} kept of the right examples"
+            )
+        for route in self.routes:
+            d_out, d_in = route.shape
+            found.append(
+                f"{route.weights} whole weights {d_out} x {d_in}: contracted by "
+                f"{route.route}, {route.operations:.2g} multiply-adds"
+            )
+        return [*found, f"about {self.seconds:.2g} s in all"]
+
+
+def _seconds_per_example(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Return what a pass over the largest batch takes, by its examples."""
+    batch = max(batches, key=count_positions)
+    function = NetworkFunction(model)
+    with evaluating(model):
+        for _ in range(2):  # The first one is slower.
+            start = time.perf_counter()
+            outputs, recorder = record(function, batch, function.parameters)
+            backward(outputs, recorder, lambda use, k, factor: None)
+            took = time.perf_counter() - start
+    return took / batch_length(batch)
+
+
+def _routes(
+    architecture: Architecture, batches: Sequence[Batch], how: Plan
+) -> Iterator[Route]:
+    """Yield how whole weights are contracted, by their shape."""
+    (n, m), c = how.examples, how.outputs
+    p = sum(map(count_positions, batches))
+    q = round(p * m / n)
+    held = {
+        name
+        for part in how.chunks
+        for maps in part.spaces.values()
+        for name, several in maps.items()
+        if any(isinstance(each, Whole) for each in several)
+    }
+    tables = set(architecture.embeddings)
+    found: dict[tuple[int, int], list[str]] = {}
+    for name in sorted(held - tables):
+        of = architecture.linear_weights.get(name)
+        if of is not None:
+            found.setdefault((of.outputs, of.inputs), []).append(name)
+    for shape, names in found.items():
+        square = Operations.count(shape, c, (m, m), (q, q), symmetric=True)
+        rest = Operations.count(shape, c, (n - m, m), (p - q, q), symmetric=False)
+        route = "positions" if square.positions_are_cheaper else "blocks"
+        operations = len(names) * (square.least + (rest.least if n > m else 0))
+        yield Route(shape, len(names), route, operations)
+
+
+def _rate(device: torch.device) -> float:
+    """Return multiply-adds a second of a float32 matrix product."""
+    a = torch.ones(PRODUCT, PRODUCT, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # Waits for the device.
+        best = min(best, time.perf_counter() - start)
+    return PRODUCT**3 / best
