@@ -17,29 +17,30 @@ began. Both have the learning rate that is best on dev of their own two. An erro
 deviation of the paired difference over test examples.
 """
 
-import argparse
 import concurrent.futures
 import json
 import multiprocessing
 import sys
-import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from torch import nn
 
 from ntk.linearize import LinearizedModel, linearize
 from ntk.spaces import Full
 from rocoft.backbone import load_backbone
-from rocoft.splits import full_split
-from rocoft.tasks import load_task
 from rocoft.trainer import fine_tune
 from tests.benchmarks import setting
-from tests.benchmarks.finetuning import ARGUMENTS, QUICK, TASKS
+from tests.benchmarks.finetuning import (
+    ARGUMENTS,
+    QUICK,
+    TASKS,
+    by_rate,
+    read_split,
+    study_parser,
+    work_alone,
+)
 from tests.benchmarks.table import rounded, write
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
@@ -59,16 +60,8 @@ def train(
     task: str, method: str, kind: str, data_dir: Path | None, file: Path, quick: bool
 ) -> str:
     """Train once with each learning rate, write the record and return its name."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=UserWarning)
-    split = full_split(
-        load_task(task, None if task == "reviews" else data_dir), seed=SEED
-    )
-    if quick:
-        parts = {part: getattr(split, part)[:16] for part in ("train", "dev", "test")}
-        split = replace(split, **parts)
+    work_alone()
+    split = read_split(task, SEED, data_dir, quick=quick)
     backbone = load_backbone(None, split, head="probe", seed=SEED)
     tuned = fine_tune(
         backbone,
@@ -86,10 +79,7 @@ def train(
         "kind": kind,
         "seed": SEED,
         "examples": tuned.record["examples"],
-        "dev_by_learning_rate": {
-            f"{run['learning_rate']:g}": run["dev"] and run["dev"]["accuracy"]
-            for run in tuned.record["learning_rates"]
-        },
+        "dev_by_learning_rate": by_rate(tuned.record),
         "learning_rate": tuned.record["learning_rate"],
         "accuracy": float(right.double().mean()),
         "seconds_per_step": tuned.record["seconds_per_step"],
@@ -177,14 +167,8 @@ def show(record: Mapping) -> None:
 
 def main() -> None:
     """Train, collect, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", type=Path, help="folder that holds sst2")
-    parser.add_argument("--records", type=Path, default=Path("runs/feature_learning"))
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
-    parser.add_argument("--quick", action="store_true", help="small, writes no figure")
+    parser = study_parser(__doc__.partition("\n")[0], "feature_learning")
     parser.add_argument("--show", action="store_true", help="train nothing")
-    output = Path("figures/feature_learning.json")
-    parser.add_argument("--output", type=Path, default=output)
     args = parser.parse_args()
     if args.show:
         show(json.loads(args.output.read_text()))

@@ -37,7 +37,7 @@ import transformers
 
 from rocoft.backbone import load_backbone
 from rocoft.methods import parse_method
-from rocoft.splits import full_split
+from rocoft.splits import Split, full_split
 from rocoft.tasks import load_task
 from rocoft.trainer import fine_tune
 from tests.benchmarks import setting
@@ -75,6 +75,49 @@ KEPT = (
 COLUMNS = ("test", "seconds_per_step", "peak_memory_bytes")
 
 
+def read_split(task: str, seed: int, data_dir: Path | None, *, quick: bool) -> Split:
+    """Return all examples of a task, or a few of them."""
+    folder = None if task == "reviews" else data_dir
+    split = full_split(load_task(task, folder), seed=seed)
+    if quick:
+        parts = {part: getattr(split, part)[:16] for part in ("train", "dev", "test")}
+        split = replace(split, **parts)
+    return split
+
+
+def work_alone() -> None:
+    """Make this process one of several: one thread, and nothing said by libraries."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def by_rate(record: Mapping) -> dict[str, float | None]:
+    """Return the accuracy on dev of each learning rate; None if it diverged."""
+    return {
+        f"{run['learning_rate']:g}": run["dev"] and run["dev"]["accuracy"]
+        for run in record["learning_rates"]
+    }
+
+
+def study_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """Return the parser of a study of records, but for what shows those again.
+
+    Args:
+        description: Of the command.
+        name: Of the study.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="folder that holds sst2")
+    add("--records", type=Path, default=Path("runs") / name)
+    add("--jobs", type=int, default=1, help="processes of one thread")
+    add("--quick", action="store_true", help="small, writes no figure")
+    add("--output", type=Path, default=Path("figures") / f"{name}.json")
+    return parser
+
+
 def train(
     task: str,
     method: str,
@@ -84,11 +127,7 @@ def train(
     quick: bool,
 ) -> dict:
     """Return the record of one training."""
-    folder = None if task == "reviews" else data_dir
-    split = full_split(load_task(task, folder), seed=seed)
-    if quick:
-        parts = {part: getattr(split, part)[:16] for part in ("train", "dev", "test")}
-        split = replace(split, **parts)
+    split = read_split(task, seed, data_dir, quick=quick)
     backbone = load_backbone(None, split, head="random", seed=seed)
     start = time.perf_counter()
     tuned = fine_tune(
@@ -101,10 +140,7 @@ def train(
     )
     return {
         **{key: tuned.record[key] for key in KEPT},
-        "dev_by_learning_rate": {
-            f"{run['learning_rate']:g}": run["dev"] and run["dev"]["accuracy"]
-            for run in tuned.record["learning_rates"]
-        },
+        "dev_by_learning_rate": by_rate(tuned.record),
         "learning_rate_chosen_on_seed": SEEDS[0],
         "arguments": QUICK if quick else ARGUMENTS,
         "wall_seconds": time.perf_counter() - start,
@@ -116,10 +152,7 @@ def train_all_seeds(
     task: str, method: str, data_dir: Path | None, records: Path, quick: bool
 ) -> list[str]:
     """Train what has no record yet, the seed that chooses the learning rate first."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=UserWarning)
+    work_alone()
     rates = RATES[method]
     done = []
     for seed in SEEDS[:2] if quick else SEEDS:
@@ -255,12 +288,7 @@ def draw(record: Mapping) -> str:
 
 def main() -> None:
     """Train, collect, print, write and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", type=Path, help="folder that holds sst2")
-    parser.add_argument("--records", type=Path, default=Path("runs/finetuning"))
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
-    parser.add_argument("--quick", action="store_true", help="small, writes no figure")
-    parser.add_argument("--output", type=Path, default=Path("figures/finetuning.json"))
+    parser = study_parser(__doc__.partition("\n")[0], "finetuning")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     args = parser.parse_args()
     if args.draw:
