@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+from cases import BY_NAME, FLOAT
+from dense import assert_close
 from torch import nn
 
 import ntk
 from ntk.approximation import Sketched, sketched_ntk
 from ntk.maps import Sketch
-from tests.cases import FAMILIES, FLOAT
-from tests.dense import assert_close
-
-BY_NAME = {family.name: family for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
