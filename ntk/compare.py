@@ -59,6 +59,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
         import torch
 
         from ntk.comparison import Comparison
+        from ntk.computation import Computation
         from ntk.estimate import Estimate
         from ntk.evaluation import evaluate
         from rocoft.backbone import load_backbone
@@ -81,34 +82,31 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
         if not quiet:
             for line in _opening(split, backbone):
                 print(line)  # noqa: T201
+        loaded = time.perf_counter() - start
+        compared = Comparison.of(
+            backbone,
+            split,
+            spaces,
+            with_head=options.head,
+            batch_size=options.batch_size,
+            approximate=options.approximate,
+        )
         if folder is None:
-            compared = Comparison.of(
-                backbone,
-                split,
-                spaces,
-                with_head=options.head,
-                batch_size=options.batch_size,
-                approximate=options.approximate,
-            )
             how = compared.plan(options.memory)
             found = Estimate.of(backbone.module, compared.data.batches, how)
             print("\n".join(found.lines()))  # noqa: T201
             return
-        loaded = time.perf_counter() - start
         with progress_bar(quiet) as progress:
-            evaluation = evaluate(
-                backbone,
-                split,
-                spaces,
-                with_head=options.head,
+            computation = Computation.of(
+                compared,
                 kind=options.kind,
                 implementation=options.implementation,
-                batch_size=options.batch_size,
-                offset=options.offset,
-                approximate=options.approximate,
                 memory=options.memory,
                 cache=options.output / ".cache" if options.cache else None,
                 progress=progress,
+            )
+            evaluation = evaluate(
+                compared, computation, offset=options.offset, progress=progress
             )
         record = {
             "version": importlib.metadata.version("rocoft-ntk"),

@@ -6,11 +6,9 @@ examples on the right.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,20 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntk.approximation import ApproximateKernel, Sketches
-from ntk.cache import KernelCache
+from ntk.approximation import ApproximateKernel
 from ntk.certificate import certify
 from ntk.comparison import Comparison, Examples
+from ntk.computation import Computation
 from ntk.engine import KernelResult
 from ntk.function import evaluating, logits
-from ntk.kernel import Implementation, Kind, compute
 from ntk.measurement import Measurement
-from ntk.memory import Plan, compute_as_planned, held
+from ntk.memory import held
 from ntk.spaces import Space
 from rocoft.architecture import Architecture, order_of_place
 from rocoft.backbone import Backbone
 from rocoft.console import Progress
-from rocoft.splits import Split
 
 Array = NDArray[np.float64]
 Record = dict[str, Any]
@@ -69,76 +65,36 @@ class _Stopwatch:
 
 
 def evaluate(
-    backbone: Backbone,
-    split: Split,
-    requested: Sequence[Space],
+    compared: Comparison,
+    computation: Computation,
     *,
-    with_head: bool = True,
-    kind: Kind = "sgd",
-    implementation: Implementation = "factors",
-    batch_size: int = 32,
     offset: bool = False,
-    approximate: Sketches | None = None,
-    memory: int | None = None,
-    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the kernels of some spaces with the full kernel.
 
     Args:
-        backbone: The model.
-        split: Training and test examples.
-        requested: The spaces, without the head.
-        with_head: Whether a head made for this task is part of every space.
-        kind: Of kernel.
-        implementation: How kernels are computed.
-        batch_size: Most examples in a pass.
+        compared: The model, the examples and the spaces.
+        computation: Their kernels.
         offset: Start the classifiers from the model's own outputs.
-        approximate: How the full kernel is estimated; None means that it is computed.
-        memory: Most bytes to hold while kernels are computed from factors; None means
-            a share of what is free.
-        cache: Folder for kernels of factors, where those are kept that have been
-            computed, whole or half done, by their content; None means nowhere.
         progress: Called as the work goes on.
 
     Returns:
         The record and the kernels.
     """
-    watch = _Stopwatch()
-    module = backbone.module
+    watch = _Stopwatch({"kernels": computation.seconds})
+    backbone, split, module = (
+        compared.backbone,
+        compared.split,
+        compared.backbone.module,
+    )
     architecture = Architecture(module)
-    with watch("kernels"):
-        compared = Comparison.of(
-            backbone,
-            split,
-            requested,
-            with_head=with_head,
-            batch_size=batch_size,
-            approximate=approximate,
-        )
-        roles, spaces, data = compared.roles, compared.spaces, compared.data
-        kept, how = None, None
-        if implementation == "factors":
-            how = compared.plan(memory)
-            if cache is not None:
-                kept = KernelCache(cache, compared.content_key(kind))
-            how, result = _by_plan(compared, kind, how, kept, progress)
-        else:
-            result = compute(
-                module,
-                data.batches,
-                data.train_batches,
-                spaces=compared.computed,
-                kind=kind,
-                implementation=implementation,
-                progress=progress,
-            )
-        outputs = _outputs(backbone, data)
-    estimate: ApproximateKernel | None = None
+    roles, spaces, data = compared.roles, compared.spaces, compared.data
+    kind, result = computation.kind, computation.result
+    how, kept, estimate = computation.plan, computation.kept, computation.estimate
+    outputs = _outputs(backbone, data)
     exact = {name: spaces[name] for name in roles}
-    if approximate is not None:
-        estimate = approximate.collected("full", result.kernels)
-        result.kernels["full"] = estimate.kernel
+    if estimate is not None:
         result.sizes["full"] = _size(exact.pop("full"), architecture)
     place = torch.tensor(np.argsort(data.place))
     own = torch.tensor(np.argsort(data.place[: data.train]))
@@ -198,7 +154,7 @@ def evaluate(
         },
         "kernel": {
             "kind": kind,
-            "implementation": implementation,
+            "implementation": computation.implementation,
             "services": _services(result),
             "with_head": compared.with_head,
             "offset": offset,
@@ -218,31 +174,6 @@ def evaluate(
         "timing": watch.seconds,
     }
     return Evaluation(record, {name: kernels[name] for name in roles})
-
-
-def _by_plan(
-    compared: Comparison,
-    kind: Kind,
-    how: Plan,
-    kept: KernelCache | None,
-    progress: Progress | None,
-) -> tuple[Plan, KernelResult]:
-    """Compute what has not been kept; return the plan that was followed, too."""
-    work = partial(
-        compute_as_planned,
-        compared.backbone.module,
-        compared.data.batches,
-        spaces=compared.computed,
-        kind=kind,
-        progress=progress,
-    )
-    if kept is None:
-        return how, work(how)
-    resolved = compared.resolved
-    with kept.held():
-        how, done, found = kept.load(how, resolved)
-        keep = lambda number, sums: kept.store(how, resolved, number, sums)
-        return how, work(how, start=(found, done), keep=keep)
 
 
 def _outputs(backbone: Backbone, data: Examples) -> Array:

@@ -15,6 +15,8 @@ import yaml
 from commands import exit_code
 
 from ntk import compare, evaluation, report
+from ntk.comparison import Comparison
+from ntk.computation import Computation
 from ntk.kernel import empirical_ntk
 from ntk.notation import parse_space
 from ntk.options import build_parser, parse_options, requested_spaces
@@ -63,15 +65,16 @@ def again(monkeypatch, result):
     """Runs that take the evaluation from the first; what they asked for is kept."""
     asked = SimpleNamespace()
 
-    def evaluate(model, split, spaces, **options):
+    def compared(backbone, split, spaces, **options):
         asked.split, asked.spaces, asked.options = split, spaces, options
-        return result.evaluation
 
     def write(record, folder):
         # Figures take long; the first run has them.
         (folder / "report.json").write_text(report.to_json(record))
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(Comparison, "of", compared)
+    monkeypatch.setattr(Computation, "of", lambda compared, **options: None)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: result.evaluation)
     monkeypatch.setattr(report, "write_report", write)
     return asked
 
@@ -364,7 +367,7 @@ def interrupt(*args, **options):
 
 
 def test_interrupted(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "evaluate", interrupt)
+    monkeypatch.setattr(Computation, "of", interrupt)
     assert run(*TINY, "--output", tmp_path / "runs") == 130
     assert "interrupted; no report was written" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -7,6 +7,8 @@ import torch
 from dense import assert_close
 from test_backbone import checkpoint, reviews
 
+from ntk.comparison import Comparison
+from ntk.computation import Computation
 from ntk.evaluation import evaluate
 from ntk.findings import summary_lines
 from ntk.kernel import KINDS, empirical_ntk
@@ -30,9 +32,16 @@ def load(folder, split=SPLIT, **options):
     return load_backbone(folder, split, dtype=torch.float64, **options)
 
 
+def evaluated(backbone, split, requested, *, offset=False, progress=None, **options):
+    how = {k: options.pop(k) for k in ("kind", "implementation") if k in options}
+    compared = Comparison.of(backbone, split, requested, **options)
+    computation = Computation.of(compared, progress=progress, **how)
+    return evaluate(compared, computation, offset=offset, progress=progress)
+
+
 @pytest.fixture(scope="module")
 def evaluation(folder):
-    return evaluate(load(folder), SPLIT, REQUESTED, batch_size=3)
+    return evaluated(load(folder), SPLIT, REQUESTED, batch_size=3)
 
 
 def one_by_one(backbone, split=SPLIT):
@@ -71,7 +80,7 @@ def test_kernels_are_in_the_order_of_the_split(folder, evaluation):
 
 
 def test_batches_make_no_difference(folder, evaluation):
-    other = evaluate(load(folder), SPLIT, REQUESTED, batch_size=32)
+    other = evaluated(load(folder), SPLIT, REQUESTED, batch_size=32)
     for name, kernel in evaluation.kernels.items():
         assert_close(other.kernels[name], kernel, of=name)
 
@@ -136,7 +145,7 @@ def test_record_is_plain(evaluation):
 
 def test_without_head_no_space_holds_it(folder):
     fresh = load(folder)
-    evaluation = evaluate(load(folder), SPLIT, REQUESTED, with_head=False)
+    evaluation = evaluated(load(folder), SPLIT, REQUESTED, with_head=False)
     spaces = {"full": Full(), "head": Head(), "rows:2": Rows(2), "lora:1": LoRA(1)}
     expected = kernels_one_by_one(fresh, spaces)
     found = evaluation.kernels
@@ -151,7 +160,7 @@ def test_without_head_no_space_holds_it(folder):
 
 
 def test_without_head_the_biases_are_those_of_the_body(folder):
-    evaluation = evaluate(load(folder), SPLIT, REQUESTED, with_head=False)
+    evaluation = evaluated(load(folder), SPLIT, REQUESTED, with_head=False)
     fresh = load(folder)
     architecture = Architecture(fresh.module)
     body = [n for n in architecture.biases if n not in architecture.head]
@@ -166,7 +175,7 @@ def test_without_head_the_biases_are_those_of_the_body(folder):
 @pytest.mark.parametrize("with_head", [True, False])
 def test_the_model_is_left_as_it_was(folder, with_head):
     backbone = load(folder)
-    evaluate(backbone, SPLIT, [Rows(1)], with_head=with_head)
+    evaluated(backbone, SPLIT, [Rows(1)], with_head=with_head)
     assert all(p.requires_grad for p in backbone.module.parameters())
     assert not backbone.module.training
 
@@ -174,7 +183,7 @@ def test_the_model_is_left_as_it_was(folder, with_head):
 def test_own_head_is_in_the_full_kernel_alone(tmp_path):
     folder, _ = checkpoint(tmp_path, "BertForSequenceClassification")
     backbone = load(folder)
-    evaluation = evaluate(backbone, SPLIT, [Rows(2)])
+    evaluation = evaluated(backbone, SPLIT, [Rows(2)])
     expected = kernels_one_by_one(backbone, {"full": Full(), "rows:2": Rows(2)})
     for name in expected:
         assert_close(evaluation.kernels[name], expected[name], of=name)
@@ -185,7 +194,7 @@ def test_own_head_is_in_the_full_kernel_alone(tmp_path):
     "implementation", ["jacobian", pytest.param("jvp", marks=pytest.mark.slow)]
 )
 def test_implementations_agree(folder, evaluation, implementation):
-    other = evaluate(
+    other = evaluated(
         load(folder), SPLIT, [Rows(2)], implementation=implementation, batch_size=5
     )
     for name, kernel in other.kernels.items():
@@ -194,7 +203,7 @@ def test_implementations_agree(folder, evaluation, implementation):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_kinds(folder, kind, tmp_path):
-    evaluation = evaluate(load(folder), SPLIT, [Rows(2)], kind=kind)
+    evaluation = evaluated(load(folder), SPLIT, [Rows(2)], kind=kind)
     record = evaluation.record
     entry = entries(evaluation)["rows:2"]
     assert entry["certificate"]["relative_error"] < 1e-9
@@ -210,7 +219,7 @@ def test_kinds(folder, kind, tmp_path):
 
 
 def test_kinds_differ(folder, evaluation):
-    other = evaluate(load(folder), SPLIT, [Rows(2)], kind="asymmetric_signgd")
+    other = evaluated(load(folder), SPLIT, [Rows(2)], kind="asymmetric_signgd")
     batches = one_by_one(load(folder))
     expected = empirical_ntk(
         load(folder).module,
@@ -226,7 +235,7 @@ def test_kinds_differ(folder, evaluation):
 
 def test_three_labels(folder):
     split = reviews(12, test=5, labels=("bad", "good", "ok"))
-    evaluation = evaluate(load(folder, split), split, [Rows(2)])
+    evaluation = evaluated(load(folder, split), split, [Rows(2)])
     assert evaluation.kernels["full"].shape == (17, 12, 3, 3)
     assert evaluation.record["task"]["outputs"] == 3
     entry = entries(evaluation)["rows:2"]
@@ -237,7 +246,7 @@ def test_three_labels(folder):
 
 def test_offset(folder, evaluation):
     """With the probe's own outputs to start from, the training set is all right."""
-    other = evaluate(load(folder), SPLIT, REQUESTED, offset=True)
+    other = evaluated(load(folder), SPLIT, REQUESTED, offset=True)
     assert other.record["kernel"]["offset"]
     assert_close(other.kernels["full"], evaluation.kernels["full"])
     found, plain = entries(other)["full"], entries(evaluation)["full"]
@@ -247,7 +256,7 @@ def test_offset(folder, evaluation):
 
 def test_data_strategies_are_fixed_on_the_training_examples(folder):
     asked = Rows(1, strategy="gradient")
-    evaluation = evaluate(load(folder), SPLIT, [asked])
+    evaluation = evaluated(load(folder), SPLIT, [asked])
     entry = entries(evaluation)[asked.name]
     assert entry["name"] == "rows/calibrated+head"
     assert entry["certificate"]["relative_error"] < 1e-9
@@ -260,7 +269,7 @@ def test_progress_ends_at_its_total(folder):
         assert calls.get(what, (0, total)) <= (done, total)
         calls[what] = (done, total)
 
-    evaluate(load(folder), SPLIT, [Rows(1)], progress=progress)
+    evaluated(load(folder), SPLIT, [Rows(1)], progress=progress)
     assert "measures" in calls
     for what, (done, total) in calls.items():
         assert done == total, what
