@@ -49,6 +49,7 @@ def content_key(
     kind: Kind = "sgd",
     reduce: Reduction = "full",
     readout: str = "",
+    processes: int = 1,
 ) -> str:
     """Return a digest of everything that kernels depend on.
 
@@ -60,6 +61,7 @@ def content_key(
         kind: Of kernel.
         reduce: As in `kernel.compute`.
         readout: What else the outputs depend on, such as label words.
+        processes: How many share the work.
 
     Returns:
         A text of 40 characters.
@@ -73,7 +75,7 @@ def content_key(
         "config": str(getattr(model, "config", "")),
         "modules": [(name, type(m).__qualname__) for name, m in model.named_modules()],
         "right": right,
-        "kernel": [kind, reduce, readout],
+        "kernel": [kind, reduce, readout, processes],
         "spaces": {name: repr(maps) for name, maps in resolved.items()},
     }
     digest.update(json.dumps(facts, sort_keys=True, default=repr).encode())

@@ -19,6 +19,7 @@ from ntk.function import Batch, NetworkFunction, batch_length, evaluating, take
 from ntk.jobs import jobs
 from ntk.kernel import Kind, Reduction, compute
 from ntk.maps import Map, Maps, Whole
+from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.spaces import Space
 from rocoft.architecture import Architecture, LinearWeight
@@ -132,6 +133,7 @@ def compute_chunk(
     kind: Kind = "sgd",
     reduce: Reduction = "full",
     left_bytes: int = LEFT_BYTES,
+    processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute what one pass adds to the kernels.
@@ -145,6 +147,7 @@ def compute_chunk(
         kind: As in `kernel.compute`.
         reduce: As in `kernel.compute`.
         left_bytes: As in `kernel.compute`.
+        processes: As in `kernel.compute`.
         progress: As in `kernel.compute`.
 
     Returns:
@@ -158,6 +161,7 @@ def compute_chunk(
         kind=kind,
         reduce=reduce,
         left_bytes=left_bytes,
+        processes=processes,
         progress=progress,
     )
 
@@ -171,7 +175,7 @@ def add(total: KernelResult, part: KernelResult) -> None:
     """
     for name, kernel in part.kernels.items():
         if name in total.kernels:
-            total.kernels[name] += kernel
+            total.kernels[name] += kernel.to(total.kernels[name].device)
         else:
             total.kernels[name] = kernel
         total.sizes[name] = total.sizes.get(name, 0) + part.sizes[name]

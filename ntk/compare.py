@@ -3,12 +3,14 @@
     python -m ntk.compare
     python -m ntk.compare --rows 1 3 --columns 1 3 --lora 8 --bias --layers 0 5
     python -m ntk.compare --model roberta-base --rows 3 --task sst2
+    accelerate launch --multi_gpu -m ntk.compare --device cuda --model roberta-base
 
 Compares empirical neural tangent kernels of a pretrained transformer over chosen
 parameters with the kernel over all of them, and trains kernel classifiers on each.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ntk.options import parse_options, requested_spaces
+from ntk.processes import Processes, launched_rank
 from ntk.storage import StorageError
 from rocoft.console import progress_bar, quiet_libraries
 
@@ -39,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        _run(parse_options(given), given)
+        with contextlib.ExitStack() as silence:
+            if launched_rank():
+                # One of several processes says what all of them find wrong.
+                silence.enter_context(contextlib.redirect_stderr(None))
+            options = parse_options(given)
+        _run(options, given)
     except (ValueError, OSError) as error:
         # Every error of ours is one of these and says its way out in its text.
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -51,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, given: list[str]) -> None:
-    quiet = options.quiet or options.json
     spaces = requested_spaces(options)
     folder = None if options.plan else _folder(options)
     with quiet_libraries():
@@ -66,6 +73,9 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
         from rocoft.trainer import versions
 
         start = time.perf_counter()
+        processes = Processes.launched(options.device)
+        helps = processes is not None and not processes.is_first
+        quiet = options.quiet or options.json or helps
         split = _split(options)
         if not quiet and options.model is None:
             print("model: embedded MiniLM-L6; name another with --model")  # noqa: T201
@@ -76,7 +86,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             head=options.head_init,
             seed=options.seed,
             max_length=options.max_length,
-            device=options.device,
+            device=options.device if processes is None else str(processes.device),
             dtype=getattr(torch, options.dtype),
         )
         if not quiet:
@@ -92,8 +102,15 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             approximate=options.approximate,
         )
         if folder is None:
-            how = compared.plan(options.memory)
-            found = Estimate.of(backbone.module, compared.data.batches, how)
+            how = compared.plan(options.memory, processes)
+            if helps:
+                return
+            found = Estimate.of(
+                backbone.module,
+                compared.data.batches,
+                how,
+                processes=1 if processes is None else processes.size,
+            )
             print("\n".join(found.lines()))  # noqa: T201
             return
         with progress_bar(quiet) as progress:
@@ -103,8 +120,11 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
                 implementation=options.implementation,
                 memory=options.memory,
                 cache=options.output / ".cache" if options.cache else None,
+                processes=processes,
                 progress=progress,
             )
+            if helps:
+                return
             evaluation = evaluate(
                 compared, computation, offset=options.offset, progress=progress
             )

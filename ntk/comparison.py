@@ -19,6 +19,7 @@ from ntk.function import Batch
 from ntk.kernel import Kind
 from ntk.maps import Maps
 from ntk.memory import Plan, plan
+from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum, Without
 from rocoft.architecture import Architecture, SelectionError
@@ -118,11 +119,12 @@ class Comparison:
         """The maps of the spaces whose kernels are computed."""
         return resolve(self.computed, self.backbone.module)
 
-    def content_key(self, kind: Kind) -> str:
+    def content_key(self, kind: Kind, processes: Processes | None = None) -> str:
         """Return a digest of all that the kernels depend on.
 
         Args:
             kind: Of kernel.
+            processes: Those that share the work, as the last digits depend on them.
         """
         return content_key(
             self.backbone.module,
@@ -131,13 +133,17 @@ class Comparison:
             self.resolved,
             kind=kind,
             readout=f"{self.backbone.readout} {self.backbone.prompt!r}",
+            processes=1 if processes is None else processes.size,
         )
 
-    def plan(self, memory: int | None = None) -> Plan:
+    def plan(
+        self, memory: int | None = None, processes: Processes | None = None
+    ) -> Plan:
         """Plan the kernels' computation.
 
         Args:
             memory: Most bytes to hold, see `memory.plan`.
+            processes: Those that share the work.
 
         Returns:
             The plan.
@@ -148,6 +154,7 @@ class Comparison:
             self.data.train_batches,
             spaces=self.computed,
             memory=memory,
+            processes=processes,
         )
 
 

@@ -6,8 +6,9 @@ is put together from its sketches.
 """
 
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from ntk.approximation import ApproximateKernel
@@ -16,6 +17,7 @@ from ntk.comparison import Comparison
 from ntk.engine import KernelResult
 from ntk.kernel import Implementation, Kind, compute
 from ntk.memory import Plan, compute_as_planned
+from ntk.processes import Processes
 from rocoft.console import Progress
 
 __all__ = ["Computation"]
@@ -32,6 +34,7 @@ class Computation:
         plan: The plan that was followed; None where only factors have one.
         kept: The file they were found in or are kept in, if any.
         estimate: Of the full kernel, where it is not computed.
+        processes: How many shared the work.
         seconds: What it took.
     """
 
@@ -41,6 +44,7 @@ class Computation:
     plan: Plan | None
     kept: KernelCache | None
     estimate: ApproximateKernel | None
+    processes: int
     seconds: float
 
     @classmethod
@@ -52,6 +56,7 @@ class Computation:
         implementation: Implementation = "factors",
         memory: int | None = None,
         cache: Path | None = None,
+        processes: Processes | None = None,
         progress: Progress | None = None,
     ) -> "Computation":
         """Compute the kernels of a comparison.
@@ -64,18 +69,33 @@ class Computation:
                 means a share of what is free.
             cache: Folder for kernels of factors, where those are kept that have been
                 computed, whole or half done, by their content; None means nowhere.
+            processes: Those that compute the same kernels together, each of which
+                calls this and gets them; ``memory`` is what each may hold, and the
+                first one keeps. None means that this one is alone.
             progress: Called as the work goes on.
 
         Returns:
             The kernels.
+
+        Raises:
+            ValueError: If processes do not have the same model and examples.
         """
         start = time.perf_counter()
         kept, how = None, None
+        key = ""
+        if processes is not None or cache is not None:
+            key = compared.content_key(kind, processes)
+        if processes is not None and len(set(processes.gather(key))) > 1:
+            raise ValueError(
+                "the processes do not have the same weights, examples, spaces, "
+                "versions or number of threads. Start them with the same command, "
+                "on machines with the same installation."
+            )
         if implementation == "factors":
-            how = compared.plan(memory)
-            if cache is not None:
-                kept = KernelCache(cache, compared.content_key(kind))
-            how, result = _by_plan(compared, kind, how, kept, progress)
+            how = compared.plan(memory, processes)
+            if cache is not None and (processes is None or processes.is_first):
+                kept = KernelCache(cache, key)
+            how, result = _by_plan(compared, kind, how, kept, processes, progress)
         else:
             result = compute(
                 compared.backbone.module,
@@ -84,14 +104,16 @@ class Computation:
                 spaces=compared.computed,
                 kind=kind,
                 implementation=implementation,
+                processes=processes,
                 progress=progress,
             )
         estimate = None
         if compared.approximate is not None:
             estimate = compared.approximate.collected("full", result.kernels)
             result.kernels["full"] = estimate.kernel
+        size = 1 if processes is None else processes.size
         seconds = time.perf_counter() - start
-        return cls(result, kind, implementation, how, kept, estimate, seconds)
+        return cls(result, kind, implementation, how, kept, estimate, size, seconds)
 
 
 def _by_plan(
@@ -99,21 +121,27 @@ def _by_plan(
     kind: Kind,
     how: Plan,
     kept: KernelCache | None,
+    processes: Processes | None,
     progress: Progress | None,
 ) -> tuple[Plan, KernelResult]:
     """Compute what has not been kept; return the plan that was followed, too."""
-    work = partial(
-        compute_as_planned,
-        compared.backbone.module,
-        compared.data.batches,
-        spaces=compared.computed,
-        kind=kind,
-        progress=progress,
-    )
-    if kept is None:
-        return how, work(how)
     resolved = compared.resolved
-    with kept.held():
-        how, done, found = kept.load(how, resolved)
-        keep = lambda number, sums: kept.store(how, resolved, number, sums)
-        return how, work(how, start=(found, done), keep=keep)
+    keep: Callable[[int, KernelResult], None] | None = None
+    with nullcontext() if kept is None else kept.held():
+        done, found = 0, KernelResult({})
+        if kept is not None:
+            how, done, found = kept.load(how, resolved)
+            keep = lambda number, sums: kept.store(how, resolved, number, sums)
+        if processes is not None:
+            how, done, found = processes.broadcast((how, done, found), 0)
+        return how, compute_as_planned(
+            compared.backbone.module,
+            compared.data.batches,
+            how,
+            spaces=compared.computed,
+            kind=kind,
+            start=(found, done),
+            keep=keep,
+            processes=processes,
+            progress=progress,
+        )

@@ -47,6 +47,19 @@ class KernelResult:
     services: dict[str, Service] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What all passes and contractions came to.
+
+    Attributes:
+        grams: For each space, ``(c n, c m)`` or ``(n, m)`` in float64.
+        traces: As in `KernelResult`.
+    """
+
+    grams: dict[str, Tensor]
+    traces: dict[str, dict[str, float]]
+
+
 @dataclass
 class Counter:
     """Adds up steps and reports them."""
@@ -116,12 +129,9 @@ class Engine:
         else:
             coverage.check_alone(self.function, sample)
             verdicts = dict.fromkeys(names, Verdict(Service.DEFINITION))
-        sums = self._accumulated(verdicts)
+        sums = self.accumulated(verdicts)
         served = {name: verdict.service for name, verdict in verdicts.items()}
-        like = next(iter(self.function.parameters.values()))
-        outputs = self.outputs if self.how.coupled else 1
-        grams = joined(sums, outputs, like)
-        return KernelResult(grams, sums[0].traces(), self._sizes(), served)
+        return KernelResult(sums.grams, sums.traces, self._sizes(), served)
 
     def run_products(self) -> KernelResult:
         """Compute every space's Gram matrix by NTK-vector products.
@@ -146,8 +156,15 @@ class Engine:
             for space, maps in self.maps.items()
         }
 
-    def _accumulated(self, verdicts: coverage.Verdicts) -> list[Accumulator]:
-        """Run all passes and contractions, one group of left examples after another."""
+    def accumulated(self, verdicts: coverage.Verdicts) -> Sums:
+        """Run all passes and contractions, one group of left examples after another.
+
+        Args:
+            verdicts: How parameters are served; corrected where a batch asks for it.
+
+        Returns:
+            The Gram matrices and traces.
+        """
         examples = sum(map(batch_length, self.right))
         further = self.left[len(self.right) :] if self.prefix else self.left
         kinds = {v.service for v in verdicts.values()} - {Service.UNUSED}
@@ -160,19 +177,21 @@ class Engine:
         alone = self.prefix and not further and len(self.right) == 1
         right = self._store(self.right, verdicts, counter, square if alone else None)
         size = stored_bytes(right.values()) / examples
-        groups = _groups(further, size, self.left_bytes)
-        steps = len(self.jobs) * (len(groups) + self.prefix)
+        parts = groups(further, size, self.left_bytes)
+        steps = len(self.jobs) * (len(parts) + self.prefix)
         counted = Counter("contractions", steps, self.progress)
         if self.prefix:
             self._contract(square, right, right, counted, last=not further)
             sums.append(square)
-        for i, group in enumerate(groups):
+        for i, group in enumerate(parts):
             left = self._store(group, verdicts, counter)
             n = sum(map(batch_length, group))
             sums.append(Accumulator(spaces, n, examples, traced=False))
-            last = i == len(groups) - 1
+            last = i == len(parts) - 1
             self._contract(sums[-1], left, right, counted, last=last)
-        return sums
+        like = next(iter(self.function.parameters.values()))
+        outputs = self.outputs if self.how.coupled else 1
+        return Sums(joined(sums, outputs, like), sums[0].traces())
 
     def _store(
         self,
@@ -205,7 +224,7 @@ class Engine:
         c = passes.run(self.function, side, verdicts, collect, counter)
         self.outputs = c or self.outputs
         names = {n for n, v in verdicts.items() if v.service is Service.DEFINITION}
-        if names:
+        if names and side:
             rows = jacobian(self.function, side, self._maps_of(names), counter)
             self.outputs = len(next(iter(rows.values())))
             store.update(rows)
@@ -265,7 +284,7 @@ class Engine:
         return list(job.members), whole.expand(len(job.members), -1, -1)
 
 
-def _groups(batches: Sequence[Batch], size: float, room: int) -> list[list[Batch]]:
+def groups(batches: Sequence[Batch], size: float, room: int) -> list[list[Batch]]:
     """Part batches into groups that are stored together.
 
     Args:
@@ -276,16 +295,16 @@ def _groups(batches: Sequence[Batch], size: float, room: int) -> list[list[Batch
     Returns:
         Groups of at least one batch.
     """
-    groups: list[list[Batch]] = []
+    found: list[list[Batch]] = []
     used = 0.0
     for batch in batches:
         own = size * batch_length(batch)
-        if not groups or used + own > room:
-            groups.append([])
+        if not found or used + own > room:
+            found.append([])
             used = 0.0
-        groups[-1].append(batch)
+        found[-1].append(batch)
         used += own
-    return groups
+    return found
 
 
 def _as_factors(stored: Stored) -> list[list[Factor]]:

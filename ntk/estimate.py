@@ -47,28 +47,39 @@ class Estimate:
         seconds_per_example: Of a pass, forward and c times backward, on one batch.
         routes: How whole weights are contracted.
         multiply_adds_per_second: Of a matrix product here.
+        processes: How many share the work.
     """
 
     plan: Plan
     seconds_per_example: float
     routes: tuple[Route, ...]
     multiply_adds_per_second: float
+    processes: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, batches: Sequence[Batch], how: Plan) -> "Estimate":
+    def of(
+        cls,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        how: Plan,
+        *,
+        processes: int = 1,
+    ) -> "Estimate":
         """Time a pass and a product, and count the products.
 
         Args:
             model: As in `memory.plan`.
             batches: As in `memory.plan`.
             how: The plan.
+            processes: How many share the work.
 
         Returns:
             The estimate.
         """
         routes = tuple(_routes(Architecture(model), batches, how))
         rate = _rate(next(model.parameters()).device)
-        return cls(how, _seconds_per_example(model, batches), routes, rate)
+        each = _seconds_per_example(model, batches)
+        return cls(how, each, routes, rate, processes)
 
     @property
     def seconds(self) -> float:
@@ -76,7 +87,8 @@ class Estimate:
         how = self.plan
         operations = sum(route.operations for route in self.routes)
         passes = how.passes * how.examples[0] * self.seconds_per_example
-        return passes + operations / self.multiply_adds_per_second
+        whole = passes + operations / self.multiply_adds_per_second
+        return whole / self.processes
 
     def lines(self) -> list[str]:
         """Return the plan as text."""
@@ -103,7 +115,8 @@ class Estimate:
                 f"{route.weights} whole weights {d_out} x {d_in}: contracted by "
                 f"{route.route}, {route.operations:.2g} multiply-adds"
             )
-        return [*found, f"about {self.seconds:.2g} s in all"]
+        shared = f", shared by {self.processes} processes" * (self.processes > 1)
+        return [*found, f"about {self.seconds:.2g} s in all{shared}"]
 
 
 def _seconds_per_example(model: nn.Module, batches: Sequence[Batch]) -> float:

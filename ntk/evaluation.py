@@ -159,6 +159,7 @@ def evaluate(
             "with_head": compared.with_head,
             "offset": offset,
             "estimate": None if estimate is None else _estimate(estimate),
+            "processes": computation.processes,
             "passes": None if how is None else how.passes,
             "kept": None
             if kept is None

@@ -45,7 +45,7 @@ def summary_lines(record: Record) -> list[str]:
         *_services(record),
         _certificate(record),
         *_estimate(record),
-        *_kept(record),
+        *_provenance(record),
         *map(str, (record.get("model") or {}).get("notes") or []),
     ]
 
@@ -160,10 +160,12 @@ def _estimate(record: Record) -> Iterator[str]:
         )
 
 
-def _kept(record: Record) -> Iterator[str]:
-    """Yield what of the kernels had been kept, and what of that was of no use."""
+def _provenance(record: Record) -> Iterator[str]:
+    """Yield who computed the kernels, and what was kept of them before."""
     kernel = record.get("kernel") or {}
     kept, passes = kernel.get("kept") or {}, number(kernel, "passes")
+    if (processes := kernel.get("processes") or 1) > 1:
+        yield f"{processes} processes shared the kernels' computation."
     if found := kept.get("found"):
         yield f"{found:,} of {passes:,.0f} passes had been computed before."
     if problem := kept.get("problem"):

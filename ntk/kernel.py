@@ -35,7 +35,9 @@ from ntk.function import (
     to_batches,
 )
 from ntk.maps import Maps, Sketch
+from ntk.processes import Processes
 from ntk.resolution import resolve
+from ntk.sharding import ShardedEngine
 from ntk.spaces import Full, Space
 from rocoft.console import Progress
 
@@ -157,6 +159,7 @@ def compute(
     implementation: Implementation = "factors",
     batch_size: int | None = None,
     left_bytes: int = LEFT_BYTES,
+    processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute kernels as `empirical_ntk` does and say how.
@@ -174,6 +177,8 @@ def compute(
         batch_size: As in `empirical_ntk`.
         left_bytes: What features and factors of left examples may take at a time,
             besides those of the right ones, which all stay.
+        processes: Those that call this with the same arguments and share the work; all
+            get the whole kernels. None means that this one is alone.
         progress: Called as the work goes on.
 
     Returns:
@@ -201,8 +206,14 @@ def compute(
     function = NetworkFunction(model, reader(outputs, reduce))
     before, after = KINDS[kind]
     how = Contraction(before, after, coupled=reduce == "full")
+    if processes is not None and implementation == "jvp":
+        raise ValueError(
+            "implementation='jvp' is not shared among processes. Use 'factors' or "
+            "'jacobian', or one process."
+        )
     with evaluating(model):
-        engine = Engine(function, left, right, maps, how, progress, left_bytes)
+        what = (function, left, right, maps, how, progress, left_bytes)
+        engine = Engine(*what) if processes is None else ShardedEngine(processes, *what)
         if implementation == "jvp":
             result = engine.run_products()
         else:

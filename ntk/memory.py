@@ -33,6 +33,7 @@ from ntk.engine import KernelResult
 from ntk.function import Batch, NetworkFunction, batch_length, evaluating
 from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
+from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.spaces import Space
 from rocoft.architecture import Architecture
@@ -117,6 +118,7 @@ def plan(
     spaces: Mapping[str, Space],
     memory: int | None = None,
     reduce: Reduction = "full",
+    processes: Processes | None = None,
 ) -> Plan:
     """Plan the computation of kernels.
 
@@ -128,6 +130,8 @@ def plan(
         memory: Most bytes that the process may hold, on the CPU the libraries that it
             has loaded included; None means what it holds and a share of what is free.
         reduce: As in `kernel.compute`.
+        processes: Those that share the work, all of which call this and get the plan
+            of the first; ``memory`` is what each may hold. None means one.
 
     Returns:
         The plan.
@@ -135,25 +139,47 @@ def plan(
     Raises:
         MemoryBudgetError: If there is no room for one weight of one batch.
     """
+    if processes is not None:
+        own = _plan(model, batches, right, spaces, memory, reduce, processes)
+        return processes.broadcast(own, 0)
+    return _plan(model, batches, right, spaces, memory, reduce, None)
+
+
+def _plan(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    right: int,
+    spaces: Mapping[str, Space],
+    memory: int | None,
+    reduce: Reduction,
+    processes: Processes | None,
+) -> Plan:
+    """Plan what one process of several, or of one, does and holds."""
     device = next(model.parameters()).device
     before = held(device)
-    budget = memory or before + int(SHARE * _free(device))
-    whole = PassSize.of(model, batches, reduce)
-    activations = _activations(model, batches)
     n, m = (sum(map(batch_length, side)) for side in (batches, batches[:right]))
+    unused = _free(device)
+    if processes is not None:
+        batches = processes.largest_share(batches)
+        unused //= processes.neighbours if device.type == "cpu" else 1
+    budget = memory or before + int(SHARE * unused)
+    architecture, resolved = Architecture(model), resolve(spaces, model)
+    whole = PassSize.of(model, batches, reduce)
+    positions = {i: count_positions(batch) for i, batch in enumerate(batches[:right])}
+    right_size = replace(whole, positions=sum(positions.values()))
+    largest = _largest(resolved, architecture, right_size)
+    activations = _activations(model, batches)
     pairs = whole.outputs**2 if reduce == "full" else 1
     sums = SUMS * 8 * n * m * pairs * len(spaces)
     gradients = whole.outputs * n
     workspace = 2 * ENTRY * gradients * block_entries(gradients)
+    if processes is not None:
+        # What another one has sent of its share.
+        workspace += largest
     free = int((1 - SLACK) * budget) - before - activations - sums - workspace
     # The left examples besides the right ones need as much room as these.
     room = free if right == len(batches) else free // 2
-
-    architecture, resolved = Architecture(model), resolve(spaces, model)
-    positions = {i: count_positions(batch) for i, batch in enumerate(batches[:right])}
-    right_size = replace(whole, positions=sum(positions.values()))
-    share = room / _largest(resolved, architecture, right_size)
-    columns = packed(positions, int(share * right_size.positions))
+    columns = packed(positions, int(room / largest * right_size.positions))
     most = max(columns, key=lambda some: sum(positions[i] for i in some))
     size = replace(
         whole,
@@ -199,6 +225,7 @@ def compute_as_planned(
     reduce: Reduction = "full",
     start: tuple[KernelResult, int] | None = None,
     keep: Callable[[int, KernelResult], None] | None = None,
+    processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute kernels as `kernel.compute` does, pass by pass.
@@ -212,6 +239,7 @@ def compute_as_planned(
         reduce: As in `plan`.
         start: The sums of so many first passes, changed in place; None means none.
         keep: Called after each pass with how many are done and their sums.
+        processes: As in `plan`.
         progress: As in `kernel.compute`.
 
     Returns:
@@ -230,6 +258,7 @@ def compute_as_planned(
             kind=kind,
             reduce=reduce,
             left_bytes=how.left_bytes,
+            processes=processes,
             progress=progress,
         )
         if len(how.columns) > 1:

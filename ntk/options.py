@@ -190,8 +190,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=memory,
         metavar="SIZE",
         help="most that is held while kernels are computed from factors, such as "
-        "4GiB, libraries and model included; what does not fit is computed in more "
-        "passes (default: what is held, and four fifths of what is free)",
+        "4GiB, libraries and model included, by each process if there are several; "
+        "what does not fit is computed in more passes (default: what is held, and four "
+        "fifths of what is free)",
     )
     add(
         "--plan",

@@ -273,3 +273,15 @@ def test_progress_ends_at_its_total(folder):
     assert "measures" in calls
     for what, (done, total) in calls.items():
         assert done == total, what
+
+
+def test_processes_with_other_weights_are_refused(folder):
+    class Others:
+        size, is_first = 2, True
+
+        def gather(self, key):
+            return [key, key[::-1]]
+
+    compared = Comparison.of(load(folder), SPLIT, [Rows(1)])
+    with pytest.raises(ValueError, match="do not have the same weights"):
+        Computation.of(compared, processes=Others())

@@ -15,9 +15,9 @@ readout_trainer trainer language sft options results train
 """
 NTK = """
 function maps spaces resolution notation factors positions contraction rules capture
-coverage passes jacobian features jobs accumulator engine kernel approximation
-calibration certificate spectrum distance risk bounds agreement sampling evolution
-chunks memory estimate storage cache layerwise layer_budget layer_selection
+coverage passes jacobian features jobs accumulator engine processes sharding kernel
+approximation calibration certificate spectrum distance risk bounds agreement sampling
+evolution chunks memory estimate storage cache layerwise layer_budget layer_selection
 kernel_classifier logistic classifiers asymmetric tuning linearize closed_form closeness
 closeness_bounds comparison computation measurement evaluation drawing plots
 record_values findings report options compare study protocol fewshot study_options
