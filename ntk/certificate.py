@@ -1,9 +1,16 @@
-"""How exact kernels are: some of their entries, recomputed by the definition."""
+"""How exact kernels are: some of their entries, recomputed by the definition.
 
+A model in half precision is judged by itself in float32: its relative errors are then
+about as large as half precision rounds, 2^-8 in bfloat16 and 2^-11 in float16, as each
+layer's rounding adds a random part to gradients that are summed over many weights.
+"""
+
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ntk.function import Batch, batch_length, take
@@ -32,8 +39,8 @@ def certify(
             with any left one.
 
     Returns:
-        For each space how many entries were recomputed, and their worst error
-        relative to the largest of them.
+        For each space how many entries were recomputed, their worst error relative to
+        the largest of them, and the precision that they were recomputed in.
     """
     if not spaces:
         return {}
@@ -50,6 +57,7 @@ def certify(
         kind=kind,
         implementation="jacobian" if kind == "signgd" else "jvp",
     )
+    precision = str(next(module.parameters()).dtype).removeprefix("torch.")
     certificates = {}
     for name, expected in result.kernels.items():
         found = kernels[name][rows][:, [j]]
@@ -58,8 +66,27 @@ def certify(
         certificates[name] = {
             "entries": expected.numel(),
             "relative_error": error / scale if scale else error,
+            "precision": precision,
         }
     return certificates
+
+
+def judge(module: nn.Module, room: float = float("inf")) -> nn.Module:
+    """Return the model that entries are recomputed with.
+
+    Args:
+        module: The model that kernels were computed with.
+        room: Bytes that a copy of it may take.
+
+    Returns:
+        A copy in float32 if it is in half precision and there is room, else itself.
+    """
+    parameters = list(module.parameters())
+    if not any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
+        return module
+    if 2 * 4 * sum(p.numel() for p in parameters) > room:
+        return module
+    return copy.deepcopy(module).float()
 
 
 def _example(batches: Sequence[Batch], number: int) -> Batch:

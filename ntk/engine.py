@@ -15,7 +15,7 @@ from ntk import coverage, passes
 from ntk.accumulator import Accumulator, joined
 from ntk.contraction import Contraction, gram
 from ntk.coverage import Service, Verdict
-from ntk.factors import Factor, Vector
+from ntk.factors import Factor, Vector, at_least_float32, raised
 from ntk.features import Features, Stored, stored_bytes
 from ntk.function import Batch, NetworkFunction, batch_length
 from ntk.jacobian import Key, jacobian, products_kernel
@@ -227,7 +227,7 @@ class Engine:
         if names and side:
             rows = jacobian(self.function, side, self._maps_of(names), counter)
             self.outputs = len(next(iter(rows.values())))
-            store.update(rows)
+            store.update({key: at_least_float32(row) for key, row in rows.items()})
         return store
 
     def _maps_of(self, names: set[str]) -> Maps:
@@ -308,4 +308,7 @@ def groups(batches: Sequence[Batch], size: float, room: int) -> list[list[Batch]
 
 
 def _as_factors(stored: Stored) -> list[list[Factor]]:
-    return [[Vector(stored)]] if isinstance(stored, Tensor) else stored
+    """Return factors in the precision that they are contracted in."""
+    if isinstance(stored, Tensor):
+        return [[Vector(stored)]]
+    return [[raised(factor) for factor in batch] for batch in stored]

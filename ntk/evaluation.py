@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntk.approximation import ApproximateKernel
-from ntk.certificate import certify
+from ntk.certificate import certify, judge
 from ntk.comparison import Comparison, Examples
 from ntk.computation import Computation
 from ntk.engine import KernelResult
 from ntk.function import evaluating, logits
 from ntk.measurement import Measurement
-from ntk.memory import held
+from ntk.memory import Plan, held
 from ntk.spaces import Space
 from rocoft.architecture import Architecture, order_of_place
 from rocoft.backbone import Backbone
@@ -100,16 +100,11 @@ def evaluate(
     own = torch.tensor(np.argsort(data.place[: data.train]))
     kernels = {k: v.cpu()[place][:, own] for k, v in result.kernels.items()}
     with watch("certificate"):
-        if how is not None:
-            room = how.budget - held(next(module.parameters()).device)
-            copies = outputs.shape[1] + GRADIENTS
-            exact = {
-                name: space
-                for name, space in exact.items()
-                if 4 * copies * result.sizes[name] <= room
-            }
+        reference = judge(module, _room(how, module))
+        copies, room = outputs.shape[1] + GRADIENTS, _room(how, module)
+        exact = {n: s for n, s in exact.items() if 4 * copies * result.sizes[n] <= room}
         certificates = certify(
-            module,
+            reference,
             data.batches,
             exact,
             result.kernels,
@@ -175,6 +170,13 @@ def evaluate(
         "timing": watch.seconds,
     }
     return Evaluation(record, {name: kernels[name] for name in roles})
+
+
+def _room(how: Plan | None, module: nn.Module) -> float:
+    """Return the bytes that a plan's budget has left."""
+    if how is None:
+        return float("inf")
+    return how.budget - held(next(module.parameters()).device)
 
 
 def _outputs(backbone: Backbone, data: Examples) -> Array:

@@ -135,6 +135,21 @@ def joined(parts: Sequence[Factor]) -> Factor:
     return replace(first, g=g)
 
 
+def raised(factor: Factor) -> Factor:
+    """Return a factor whose numbers are float32 at least, to be contracted."""
+    if isinstance(factor, Vector):
+        return Vector(at_least_float32(factor.v))
+    g = tuple(map(at_least_float32, factor.g))
+    if isinstance(factor, Table):
+        return Table(factor.tokens, g)
+    return replace(factor, x=at_least_float32(factor.x), g=g)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return values in float32 if theirs is a lower precision, else themselves."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def dense(factors: Sequence[Factor], shape: torch.Size) -> Tensor:
     """Return whole gradients.
 

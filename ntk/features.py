@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ntk.factors import Factor, Matrix, Vector, dense, joined
+from ntk.factors import Factor, Matrix, Vector, dense, joined, raised
 from ntk.jacobian import Key
 from ntk.maps import InputSide, Map, Sketch, Slices, Whole
 from ntk.rules import Use
@@ -82,6 +82,8 @@ class Features:
         name = use.name
         if name not in self._uses:
             return
+        if isinstance(factor, Vector):
+            factor = raised(factor)
         for each in self.wanted[name]:
             if isinstance(each, Whole):
                 self._whole.setdefault(id(use), []).append(factor)
@@ -156,11 +158,13 @@ class Features:
     def _room(self, key: Key, dtype: torch.dtype | None = None) -> Tensor:
         """Return the features of a map, made when first asked for.
 
-        A model may cast a weight up before it uses it.
+        Of a model in half precision they are float32, which they are summed in. A model
+        may cast a weight up before it uses it.
         """
         if key not in self.features:
             like = self.parameters[key[0]]
-            kind = torch.promote_types(like.dtype, dtype or like.dtype)
+            kind = torch.promote_types(dtype or like.dtype, like.dtype)
+            kind = torch.promote_types(kind, torch.float32)
             shape = (self._outputs, self.n, key[1].size(like.shape))
             self.features[key] = like.new_empty(shape, dtype=kind)
         return self.features[key]

@@ -140,10 +140,13 @@ def _certificate(record: Record) -> str:
         return f"Recomputing entries gave no number for {', '.join(bad)}."
     entries = sum(number(s, "certificate.entries") for s in checked)
     worst = max(errors, key=lambda label: errors[label])
+    judged = checked[0]["certificate"].get("precision")
+    own = (record.get("model") or {}).get("dtype")
+    where = f" in {judged} (the model is in {own})" if judged != own else ""
     return (
-        f"{shown(entries, ',.0f')} random entries, recomputed by the definition, agree "
-        f"with the kernels within a relative error of {errors[worst]:.1e} (the worst: "
-        f"{worst}).{besides}"
+        f"{shown(entries, ',.0f')} random entries, recomputed by the definition"
+        f"{where}, agree with the kernels within a relative error of "
+        f"{errors[worst]:.1e} (the worst: {worst}).{besides}"
     )
 
 

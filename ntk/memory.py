@@ -176,6 +176,9 @@ def _plan(
     if processes is not None:
         # What another one has sent of its share.
         workspace += largest
+    if any(p.dtype.itemsize < ENTRY for p in model.parameters()):
+        # Of half precision one weight's factors are raised at a time.
+        workspace += largest
     free = int((1 - SLACK) * budget) - before - activations - sums - workspace
     # The left examples besides the right ones need as much room as these.
     room = free if right == len(batches) else free // 2

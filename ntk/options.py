@@ -262,9 +262,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--dtype",
-        choices=("float32", "float64"),
+        choices=("float32", "float64", "bfloat16", "float16"),
         default="float32",
-        help="precision of the model (default: %(default)s)",
+        help="precision of the model and of what its passes leave; products are in "
+        "float32 at least, sums in float64, and the report says what half precision "
+        "costs (default: %(default)s)",
     )
     add(
         "--device",
