@@ -29,6 +29,7 @@ from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
 from ntk.memory import Plan
 from ntk.storage import StorageError, load_kernels, save_kernels
+from rocoft.quantised import QuantisedLinear
 
 __all__ = ["BusyError", "KernelCache", "content_key"]
 
@@ -82,6 +83,9 @@ def content_key(
     state = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in state:
         _digest(digest, name, tensor)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            _digest(digest, name, module.dequantised())
     for batch in batches:
         named = batch if isinstance(batch, Mapping) else {"": batch}
         for name, value in named.items():

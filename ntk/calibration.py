@@ -89,7 +89,7 @@ def _fixed(
                 "no layer that is known uses. Choose another strategy, or other "
                 "weights with .at(...)."
             )
-        values = architecture.parameters[name]
+        values = architecture.values(name)
         chosen[name] = part.chosen(of, values, statistics[name][key].to(values))
     return replace(part, count=None, strategy="first", indices=chosen)
 

@@ -88,6 +88,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             max_length=options.max_length,
             device=options.device if processes is None else str(processes.device),
             dtype=getattr(torch, options.dtype),
+            load_in=options.load_in,
         )
         if not quiet:
             for line in _opening(split, backbone):

@@ -166,7 +166,7 @@ def check_model(model: nn.Module) -> None:
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
             raise FunctionError(
                 f"parameter {name!r} is quantised ({parameter.dtype}): its gradient is "
-                "not defined. Load the model without quantisation."
+                "not defined. Replace its layers with rocoft.dequantised_on_use(model)."
             )
 
 

@@ -38,6 +38,7 @@ from ntk.resolution import resolve
 from ntk.spaces import Space
 from rocoft.architecture import Architecture
 from rocoft.console import Progress
+from rocoft.quantised import QuantisedLinear
 
 __all__ = [
     "MemoryBudgetError",
@@ -373,8 +374,13 @@ def _activations(model: nn.Module, batches: Sequence[Batch]) -> int:
             note(use.inputs)
     largest = max((use.shape.numel() for use in recorder.uses), default=0)
     recorder.release()
-    # Beside the graph a few gradients and outputs of layers live at a time.
-    return sum(kept.values()) + 4 * ENTRY * largest
+    whole = [
+        m.weight.numel() for m in model.modules() if isinstance(m, QuantisedLinear)
+    ]
+    # Beside the graph a few gradients and outputs of layers live at a time, and one
+    # weight that is dequantised and then cast.
+    largest = 4 * largest + 2 * max(whole, default=0)
+    return sum(kept.values()) + ENTRY * largest
 
 
 def _largest(

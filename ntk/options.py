@@ -269,6 +269,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "costs (default: %(default)s)",
     )
     add(
+        "--load-in",
+        choices=("8bit", "4bit"),
+        help="quantise the linear layers with bitsandbytes (4bit: NF4) and dequantise "
+        "each as it is used: the kernels are those of the dequantised model, whose "
+        "weights never exist together (default: as --dtype says)",
+    )
+    add(
         "--device",
         default="cpu",
         help="where to compute, such as cuda (default: %(default)s)",

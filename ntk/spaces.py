@@ -269,7 +269,7 @@ class _Sliced(_OfLinear):
 
     def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:
         assert of is not None
-        chosen = self.chosen(of, model.parameters[name])
+        chosen = self.chosen(of, model.values(name))
         if self._axis == "row":
             return Slices(of, chosen, (), self.rescale)
         return Slices(of, (), chosen, self.rescale)

@@ -84,6 +84,17 @@ class Architecture:
             found[name] = LinearWeight(name, path, outputs, inputs, output_dim, parts)
         return {name: found[name] for name in self.parameters if name in found}
 
+    def values(self, name: str) -> Tensor:
+        """Return a parameter's values as stored, dequantised if need be.
+
+        Args:
+            name: Of the parameter.
+        """
+        of = self.linear_weights.get(name)
+        owner = self._modules[of.module] if of is not None else None
+        dequantised: Callable[[], Tensor] | None = getattr(owner, "dequantised", None)
+        return self.parameters[name] if dequantised is None else dequantised()
+
     @cached_property
     def targets(self) -> dict[str, LinearWeight]:
         """The weights that row, column and LoRA selections take by default.
@@ -211,7 +222,8 @@ def _weight(module: nn.Module) -> tuple[Tensor | None, int]:
     """Return a linear module's weight and the dimension of its output features."""
     if isinstance(module, nn.MultiheadAttention):
         return module.in_proj_weight, 0
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or hasattr(module, "dequantised"):
+        assert isinstance(module.weight, Tensor)
         return module.weight, 0
     if isinstance(module, Conv1D):
         return module.weight, 1

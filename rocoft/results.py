@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rocoft.backbone import EMBEDDED_NAME
 from rocoft.files import replacing, write_text
 from rocoft.methods import Method
+from rocoft.pretrained import EMBEDDED_NAME
 from rocoft.readouts import LabelWords, MeanPooled, Prompted
 from rocoft.trainer import FineTuned
 
@@ -180,7 +180,7 @@ def _loading(model: nn.Module, method: Method, record: Mapping[str, Any]) -> str
         first *= method.kind == "rocoft"
         if record["model"] == EMBEDDED_NAME:
             base = "embedded_folder()"
-            first += "from rocoft.backbone import embedded_folder\n"
+            first += "from rocoft.pretrained import embedded_folder\n"
     mean_pooled = isinstance(inner, MeanPooled)
     text = _CLASSIFIER if kind.endswith("ForSequenceClassification") else _OTHER
     text = _MEAN_POOLED if mean_pooled else text

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rocoft.backbone import allow_padding, length_limit, load_pretrained
+from rocoft.backbone import allow_padding, length_limit
 from rocoft.console import Progress
 from rocoft.language import (
     Completion,
@@ -32,6 +32,7 @@ from rocoft.language import (
 )
 from rocoft.methods import LEARNING_RATES, Method, apply_method, parse_method
 from rocoft.metrics import text_scores
+from rocoft.pretrained import load_pretrained
 from rocoft.search import (
     Job,
     OrderedTrainer,

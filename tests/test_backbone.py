@@ -12,8 +12,10 @@ import transformers as tf
 from dense import assert_close
 from sklearn.linear_model import LogisticRegression
 
-from rocoft import backbone as backbone_module
-from rocoft.backbone import BackboneError, MeanPooled, embedded_folder, load_backbone
+from rocoft import pretrained
+from rocoft.backbone import load_backbone
+from rocoft.pretrained import BackboneError, embedded_folder
+from rocoft.readouts import MeanPooled
 from rocoft.splits import Split, few_shot
 from rocoft.tasks import PROMPTS, Example, Prompt, Task, load_task
 
@@ -347,19 +349,19 @@ def test_limit_of_the_model(body):
 
 
 def test_embedded_folder_is_verified(monkeypatch):
-    monkeypatch.setattr(backbone_module, "EMBEDDED_SHA256", "0" * 64)
+    monkeypatch.setattr(pretrained, "EMBEDDED_SHA256", "0" * 64)
     with pytest.raises(BackboneError, match=r"have sha256 53aa5.*Reinstall"):
         embedded_folder()
 
 
 def test_embedded_model_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(backbone_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(BackboneError, match=r"not installed.*rocoft-ntk\[demo\]"):
         load_backbone(None, reviews())
 
 
 def test_unknown_model_without_network_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(backbone_module, "_hub_is_known", lambda: False)
+    monkeypatch.setattr(pretrained, "_hub_is_known", lambda: False)
     start = time.perf_counter()
     with pytest.raises(
         BackboneError, match=r"'no/such-model' could not .*embedded MiniLM"

@@ -22,7 +22,7 @@ from ntk.notation import parse_space
 from ntk.options import build_parser, parse_options, requested_spaces
 from ntk.spaces import Bias, Columns, Embeddings, LoRA, Norm, Rows
 from ntk.storage import load_kernels
-from rocoft import backbone
+from rocoft import pretrained
 from rocoft.backbone import load_backbone
 from rocoft.splits import few_shot
 from rocoft.tasks import TaskError, load_task
@@ -323,7 +323,7 @@ def fails(capsys, output, *arguments):
     ],
 )
 def test_bad_input(capsys, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(backbone, "_hub_is_known", lambda: False)
+    monkeypatch.setattr(pretrained, "_hub_is_known", lambda: False)
     monkeypatch.chdir(tmp_path)
     error = fails(capsys, tmp_path / "runs", *arguments.split())
     assert error.lstrip().startswith("error: ")

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from test_backbone import BAD, GOOD, checkpoint
 
 from rocoft import train
-from rocoft.backbone import embedded_folder
 from rocoft.options import OptionError, build_parser, parse_options
+from rocoft.pretrained import embedded_folder
 from rocoft.readouts import MeanPooled
 from rocoft.tasks import PROMPTS, Prompt
 
