@@ -178,6 +178,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="examples in one pass; changes time and memory (default: %(default)s)",
     )
     add(
+        "--load-in",
+        choices=("8bit", "4bit"),
+        help="quantise the linear layers with bitsandbytes (4bit: NF4) and dequantise "
+        "each as it is used: the kernels are those of the dequantised model, whose "
+        "weights never exist together (default: as --dtype says)",
+    )
+    add(
         "--approximate",
         type=sketches,
         metavar="sketch:S",
@@ -267,13 +274,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="precision of the model and of what its passes leave; products are in "
         "float32 at least, sums in float64, and the report says what half precision "
         "costs (default: %(default)s)",
-    )
-    add(
-        "--load-in",
-        choices=("8bit", "4bit"),
-        help="quantise the linear layers with bitsandbytes (4bit: NF4) and dequantise "
-        "each as it is used: the kernels are those of the dequantised model, whose "
-        "weights never exist together (default: as --dtype says)",
     )
     add(
         "--device",
