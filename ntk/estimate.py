@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ntk.capture import backward, record
@@ -13,12 +12,10 @@ from ntk.contraction import Operations
 from ntk.function import Batch, NetworkFunction, batch_length, evaluating
 from ntk.maps import Whole
 from ntk.memory import ENTRY, Plan, in_units
+from ntk.yardsticks import multiply_adds_per_second
 from rocoft.architecture import Architecture
 
 __all__ = ["Estimate", "Route"]
-
-PRODUCT = 512
-"""Rows of the matrix product whose rate is measured."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class Estimate:
         routes: How whole weights are contracted.
         multiply_adds_per_second: Of a matrix product here.
         processes: How many share the work.
+        positions: Of all examples, padding included.
     """
 
     plan: Plan
@@ -55,6 +53,7 @@ class Estimate:
     routes: tuple[Route, ...]
     multiply_adds_per_second: float
     processes: int = 1
+    positions: int = 0
 
     @classmethod
     def of(
@@ -77,9 +76,10 @@ class Estimate:
             The estimate.
         """
         routes = tuple(_routes(Architecture(model), batches, how))
-        rate = _rate(next(model.parameters()).device)
+        rate = multiply_adds_per_second(next(model.parameters()).device)
         each = _seconds_per_example(model, batches)
-        return cls(how, each, routes, rate, processes)
+        positions = sum(map(count_positions, batches))
+        return cls(how, each, routes, rate, processes, positions)
 
     @property
     def seconds(self) -> float:
@@ -158,14 +158,3 @@ def _routes(
         route = "positions" if square.positions_are_cheaper else "blocks"
         operations = len(names) * (square.least + (rest.least if n > m else 0))
         yield Route(shape, len(names), route, operations)
-
-
-def _rate(device: torch.device) -> float:
-    """Return multiply-adds a second of a float32 matrix product."""
-    a = torch.ones(PRODUCT, PRODUCT, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # Waits for the device.
-        best = min(best, time.perf_counter() - start)
-    return PRODUCT**3 / best

@@ -142,7 +142,8 @@ def _certificate(record: Record) -> str:
     worst = max(errors, key=lambda label: errors[label])
     judged = checked[0]["certificate"].get("precision")
     own = (record.get("model") or {}).get("dtype")
-    where = f" in {judged} (the model is in {own})" if judged != own else ""
+    other = judged is not None and judged != own
+    where = f" in {judged} (the model is in {own})" if other else ""
     return (
         f"{shown(entries, ',.0f')} random entries, recomputed by the definition"
         f"{where}, agree with the kernels within a relative error of "

@@ -6,7 +6,6 @@ what is None or NaN in it, is shown as a dash; fields that are not known are ign
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -32,7 +31,7 @@ from ntk.record_values import (
     shown,
     spaces_of,
 )
-from ntk.storage import StorageError, finite, write_text
+from ntk.storage import StorageError, finite, write_bytes, write_text
 
 COLUMNS = (
     # title, place in a space, factor, format, place in a repeated result
@@ -247,7 +246,7 @@ def write_files(
         for kind in ("svg", "png"):
             files[f"{name}.{kind}"] = folder / "figures" / f"{name}.{kind}"
         write_text(files[f"{name}.svg"], texts[name])
-        _write_bytes(files[f"{name}.png"], to_png(figure))
+        write_bytes(files[f"{name}.png"], to_png(figure))
     write_text(files["html"], page(texts))
     return files
 
@@ -274,23 +273,6 @@ def flat(value: object) -> str:
     if isinstance(value, list):
         return f"({', '.join(map(flat, value))})"
     return _number(value) if isinstance(value, float) else str(value)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:
-        reason = f"{str(path)!r} could not be written: {error.strerror}."
-        raise StorageError(reason) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _repeated(label: str, results: Record) -> Row:

@@ -69,6 +69,11 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    _replace(path, lambda part: part.write_bytes(data))
+
+
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all, or say why not."""
     try:

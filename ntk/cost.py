@@ -1,0 +1,142 @@
+"""What kernels of a model cost here: times by space and by number of examples.
+
+All cases of one size are timed in rounds: every round runs each once, in an order
+shuffled anew, after one run of each that is not counted. A ratio is taken within a
+round and its median reported, so that a slow phase of the machine falls on numerator
+and denominator alike.
+"""
+
+import gc
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ntk.estimate import Estimate
+from ntk.function import Batch, NetworkFunction, batch_length
+from ntk.kernel import compute
+from ntk.memory import plan
+from ntk.spaces import Full, Space
+from ntk.yardsticks import run_floor, seconds
+from rocoft.console import Progress
+
+__all__ = ["Cost", "measure"]
+
+TOGETHER = "all of these"
+FLOOR = "floor"
+Times = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the kernels of some examples cost.
+
+    Attributes:
+        examples: n.
+        outputs: c.
+        positions: Of all examples, padding included.
+        seconds: Of the floor, of each space alone and of all together; medians.
+        over_floor: Of each but the floor, the median over rounds of its ratio to it.
+        operations: Multiply-adds of contracting the full kernel's weights.
+        multiply_adds_per_second: Of a matrix product here.
+        over_bound: Of the full kernel, the ratio to floor plus counted operations.
+    """
+
+    examples: int
+    outputs: int
+    positions: int
+    seconds: dict[str, float]
+    over_floor: dict[str, float]
+    operations: float
+    multiply_adds_per_second: float
+    over_bound: float | None
+
+
+def measure(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    spaces: Mapping[str, Space],
+    *,
+    rounds: int = 5,
+    progress: Progress | None = None,
+) -> Cost:
+    """Time the kernels of some examples.
+
+    Args:
+        model: Any module.
+        batches: The examples.
+        spaces: Tangent spaces by name; "full" is compared with its bound.
+        rounds: How often each is timed.
+        progress: Called after every round.
+
+    Returns:
+        The cost.
+    """
+    device = next(model.parameters()).device
+    function = NetworkFunction(model)
+
+    def kernel(of: Mapping[str, Space]) -> Callable[[], object]:
+        return lambda: compute(model, list(batches), spaces=of)
+
+    cases: dict[str, Callable[[], object]] = {
+        FLOOR: lambda: run_floor(function, batches)
+    }
+    cases |= {name: kernel({name: space}) for name, space in spaces.items()}
+    if len(spaces) > 1:
+        cases[TOGETHER] = kernel(spaces)
+    times = _in_rounds(cases, rounds, device, progress)
+    floor = times[FLOOR]
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(own, floor, strict=True))
+        for name, own in times.items()
+        if name != FLOOR
+    }
+    how = plan(model, batches, len(batches), spaces={"": Full()})
+    counted = Estimate.of(model, batches, how)
+    operations = sum(route.operations for route in counted.routes)
+    rate = counted.multiply_adds_per_second
+    bound = None
+    if "full" in spaces:
+        bound = statistics.median(
+            a / (b + operations / rate)
+            for a, b in zip(times["full"], floor, strict=True)
+        )
+    return Cost(
+        examples=sum(map(batch_length, batches)),
+        outputs=how.outputs,
+        positions=counted.positions,
+        seconds={name: statistics.median(own) for name, own in times.items()},
+        over_floor=ratios,
+        operations=operations,
+        multiply_adds_per_second=rate,
+        over_bound=bound,
+    )
+
+
+def _in_rounds(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    progress: Progress | None,
+) -> Times:
+    """Return the seconds of each case in every round, the first left out."""
+    times: Times = {name: [] for name in cases}
+    order = list(cases)
+    shuffle = random.Random(0).shuffle
+    for number in range(rounds + 1):
+        shuffle(order)
+        gc.collect()
+        gc.disable()
+        try:
+            for name in order:
+                took = seconds(cases[name], device)
+                if number:
+                    times[name].append(took)
+        finally:
+            gc.enable()
+        if progress is not None:
+            progress("rounds", number + 1, rounds + 1)
+    return times

@@ -1,0 +1,102 @@
+"""What kernels are timed against: the floor, and the rate of matrix products.
+
+The *floor* of some examples is one forward pass and c backward passes to the outputs of
+all layers, with no gradient of a parameter and nothing captured: what no method that
+works by back-propagation can go below. The *rate* is that of a matrix product as large
+as those of the model. A full kernel's *bound* is the floor and the time that its
+multiply-adds take at that rate.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ntk.function import Batch, NetworkFunction, evaluating
+
+__all__ = ["multiply_adds_per_second", "run_floor", "seconds"]
+
+PRODUCT = 512
+"""Rows of the matrix product whose rate is measured."""
+PRODUCTS = 5
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the wall time of one call, everything on the device done.
+
+    Args:
+        work: What is timed.
+        device: Where it runs.
+    """
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def run_floor(function: NetworkFunction, batches: Sequence[Batch]) -> None:
+    """Run one forward pass and c backward passes to the outputs of all layers.
+
+    Args:
+        function: The model and its readout.
+        batches: The examples.
+    """
+    model = function.model
+    owners = [
+        m
+        for m in model.modules()
+        if next(m.parameters(recurse=False), None) is not None
+    ]
+    flags = {p: p.requires_grad for p in model.parameters()}
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            if not output.requires_grad:
+                output.requires_grad_()
+            outputs.append(output)
+
+    hooks = [module.register_forward_hook(keep) for module in owners]
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        with evaluating(model):
+            for batch in batches:
+                outputs.clear()
+                values = function(batch)
+                c = values.shape[1]
+                for k in range(c):
+                    torch.autograd.grad(
+                        values[:, k].sum(),
+                        outputs,
+                        retain_graph=k + 1 < c,
+                        allow_unused=True,
+                    )
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def multiply_adds_per_second(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> float:
+    """Return the rate of a matrix product, the best of a few.
+
+    Args:
+        device: Where.
+        dtype: Of the matrices.
+    """
+    a = torch.ones(PRODUCT, PRODUCT, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    work = lambda: torch.mm(a, a, out=out)
+    best = min(seconds(work, device) for _ in range(PRODUCTS))
+    return PRODUCT**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
