@@ -11,14 +11,14 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from ntk.estimate import Estimate
 from ntk.function import Batch, NetworkFunction, batch_length
-from ntk.kernel import compute
-from ntk.memory import plan
+from ntk.memory import compute_as_planned, plan
 from ntk.spaces import Full, Space
 from ntk.yardsticks import run_floor, seconds
 from rocoft.console import Progress
@@ -43,6 +43,7 @@ class Cost:
         operations: Multiply-adds of contracting the full kernel's weights.
         multiply_adds_per_second: Of a matrix product here.
         over_bound: Of the full kernel, the ratio to floor plus counted operations.
+        passes: How often every example passed the model, by kernel.
     """
 
     examples: int
@@ -53,6 +54,7 @@ class Cost:
     operations: float
     multiply_adds_per_second: float
     over_bound: float | None
+    passes: dict[str, int]
 
 
 def measure(
@@ -61,6 +63,7 @@ def measure(
     spaces: Mapping[str, Space],
     *,
     rounds: int = 5,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Cost:
     """Time the kernels of some examples.
@@ -70,6 +73,7 @@ def measure(
         batches: The examples.
         spaces: Tangent spaces by name; "full" is compared with its bound.
         rounds: How often each is timed.
+        memory: Most bytes to hold, see `memory.plan`.
         progress: Called after every round.
 
     Returns:
@@ -78,15 +82,22 @@ def measure(
     device = next(model.parameters()).device
     function = NetworkFunction(model)
 
-    def kernel(of: Mapping[str, Space]) -> Callable[[], object]:
-        return lambda: compute(model, list(batches), spaces=of)
-
+    named: dict[str, Mapping[str, Space]] = {
+        name: {name: s} for name, s in spaces.items()
+    }
+    if len(spaces) > 1:
+        named[TOGETHER] = spaces
+    plans = {
+        name: plan(model, batches, len(batches), spaces=own, memory=memory)
+        for name, own in named.items()
+    }
     cases: dict[str, Callable[[], object]] = {
         FLOOR: lambda: run_floor(function, batches)
     }
-    cases |= {name: kernel({name: space}) for name, space in spaces.items()}
-    if len(spaces) > 1:
-        cases[TOGETHER] = kernel(spaces)
+    cases |= {
+        name: partial(compute_as_planned, model, batches, plans[name], spaces=own)
+        for name, own in named.items()
+    }
     times = _in_rounds(cases, rounds, device, progress)
     floor = times[FLOOR]
     ratios = {
@@ -94,7 +105,7 @@ def measure(
         for name, own in times.items()
         if name != FLOOR
     }
-    how = plan(model, batches, len(batches), spaces={"": Full()})
+    how = plan(model, batches, len(batches), spaces={"": Full()}, memory=memory)
     counted = Estimate.of(model, batches, how)
     operations = sum(route.operations for route in counted.routes)
     rate = counted.multiply_adds_per_second
@@ -113,6 +124,7 @@ def measure(
         operations=operations,
         multiply_adds_per_second=rate,
         over_bound=bound,
+        passes={name: each.passes for name, each in plans.items()},
     )
 
 

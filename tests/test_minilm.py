@@ -8,7 +8,9 @@ import pytest
 from ntk.kernel import empirical_ntk
 from ntk.spaces import Bias, Columns, Embeddings, Full, Head, LoRA, Norm, Rows
 from rocoft.architecture import Architecture
-from rocoft.backbone import MeanPooled, embedded_folder, load_backbone
+from rocoft.backbone import load_backbone
+from rocoft.pretrained import embedded_folder
+from rocoft.readouts import MeanPooled
 from rocoft.splits import few_shot
 from rocoft.tasks import load_task
 

@@ -76,7 +76,11 @@ def work(rank, size, port, folder):
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["two", "three"])
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(3, marks=pytest.mark.slow)],
+    ids=["two", "three"],
+)
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(work, (request.param, free_port(), folder), nprocs=request.param)
@@ -110,6 +114,7 @@ COMMAND = [
 ]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     done = subprocess.run(
         [*COMMAND, "--output", tmp_path], capture_output=True, text=True, check=False
