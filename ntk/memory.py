@@ -10,6 +10,7 @@ A pass whose parameters are all in the last layers records nothing of the layers
 and goes back no further than it must.
 """
 
+import ctypes
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -250,6 +251,7 @@ def compute_as_planned(
         The kernels and their provenance. The same plan gives the same bits.
     """
     result, done = (KernelResult({}), 0) if start is None else start
+    told = progress if 2 * how.peak < how.budget else _returning_memory(progress)
     steps = [(some, chunk) for some in how.columns for chunk in how.chunks]
     for number, (some, chunk) in enumerate(steps[done:], done + 1):
         ordered = [*some, *(i for i in range(len(batches)) if i not in set(some))]
@@ -263,7 +265,7 @@ def compute_as_planned(
             reduce=reduce,
             left_bytes=how.left_bytes,
             processes=processes,
-            progress=progress,
+            progress=told,
         )
         if len(how.columns) > 1:
             _widen(part, ordered, len(some), batches, how.examples)
@@ -320,6 +322,29 @@ def in_units(amount: float) -> str:
         if amount >= size:
             return f"{amount / size:.3g} {unit}"
     return f"{amount / 2**10:.3g} KiB"
+
+
+def _returning_memory(progress: Progress | None) -> Progress:
+    """Have the allocator give back what a batch has freed, before the next one.
+
+    glibc keeps freed memory between blocks that are in use: a fifth of a budget was
+    lost to it. Other allocators, without `malloc_trim`, are left alone.
+
+    Args:
+        progress: What is told of the work as well.
+
+    Returns:
+        What is to be told of the work.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def told(what: str, done: int, total: int) -> None:
+        if trim is not None and what == "passes":
+            trim(0)
+        if progress is not None:
+            progress(what, done, total)
+
+    return told
 
 
 def _widen(

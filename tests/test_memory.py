@@ -173,3 +173,22 @@ def test_a_real_run_keeps_its_budget(tmp_path):
     assert peak < 1.1 * parse_bytes(budget)
     (report,) = tmp_path.glob("*/report.json")
     assert json.loads(report.read_text())["kernel"]["passes"] > 1
+
+
+def test_memory_is_given_back_where_it_is_short(bare, monkeypatch):
+    model, batches = in_pairs("bert", 6)
+    trimmed, told = [], []
+
+    class Library:
+        malloc_trim = staticmethod(trimmed.append)
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library)
+    for budget, times in ((10**9, 0), (40_000, None)):
+        how = memory.plan(model, batches, 3, spaces=SPACES, memory=budget)
+        progress = lambda *what: told.append(what)
+        compute_as_planned(model, batches, how, spaces=SPACES, progress=progress)
+        assert len(trimmed) == (
+            times if times is not None else len(batches) * how.passes
+        )
+        assert ("passes", 2, 6) in told
+        told.clear()
