@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             options.model,
             split,
             readout=options.readout,
-            head="random",
+            head=options.head_init,
             max_length=options.max_length,
             device=options.device,
             dtype=getattr(torch, options.dtype),

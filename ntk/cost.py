@@ -16,15 +16,18 @@ from functools import partial
 import torch
 from torch import nn
 
-from ntk.estimate import Estimate
+from ntk.chunks import count_positions
+from ntk.estimate import routes
 from ntk.function import Batch, NetworkFunction, batch_length
 from ntk.memory import compute_as_planned, plan
-from ntk.spaces import Full, Space
-from ntk.yardsticks import run_floor, seconds
+from ntk.spaces import Space
+from ntk.yardsticks import multiply_adds_per_second, run_floor, seconds
+from rocoft.architecture import Architecture
 from rocoft.console import Progress
 
-__all__ = ["Cost", "measure"]
+__all__ = ["Cost", "in_rounds", "measure"]
 
+CPU = torch.device("cpu")
 TOGETHER = "all of these"
 FLOOR = "floor"
 Times = dict[str, list[float]]
@@ -40,7 +43,8 @@ class Cost:
         positions: Of all examples, padding included.
         seconds: Of the floor, of each space alone and of all together; medians.
         over_floor: Of each but the floor, the median over rounds of its ratio to it.
-        operations: Multiply-adds of contracting the full kernel's weights.
+        operations: Multiply-adds of contracting the full kernel's weights; None where
+            that kernel is not timed, as the ratio below.
         multiply_adds_per_second: Of a matrix product here.
         over_bound: Of the full kernel, the ratio to floor plus counted operations.
         passes: How often every example passed the model, by kernel.
@@ -51,7 +55,7 @@ class Cost:
     positions: int
     seconds: dict[str, float]
     over_floor: dict[str, float]
-    operations: float
+    operations: float | None
     multiply_adds_per_second: float
     over_bound: float | None
     passes: dict[str, int]
@@ -81,7 +85,6 @@ def measure(
     """
     device = next(model.parameters()).device
     function = NetworkFunction(model)
-
     named: dict[str, Mapping[str, Space]] = {
         name: {name: s} for name, s in spaces.items()
     }
@@ -98,27 +101,30 @@ def measure(
         name: partial(compute_as_planned, model, batches, plans[name], spaces=own)
         for name, own in named.items()
     }
-    times = _in_rounds(cases, rounds, device, progress)
+    # The first round warms up.
+    times = {
+        name: own[1:]
+        for name, own in in_rounds(cases, rounds + 1, device, progress).items()
+    }
     floor = times[FLOOR]
     ratios = {
         name: statistics.median(a / b for a, b in zip(own, floor, strict=True))
         for name, own in times.items()
         if name != FLOOR
     }
-    how = plan(model, batches, len(batches), spaces={"": Full()}, memory=memory)
-    counted = Estimate.of(model, batches, how)
-    operations = sum(route.operations for route in counted.routes)
-    rate = counted.multiply_adds_per_second
-    bound = None
+    rate = multiply_adds_per_second(device)
+    operations, bound = None, None
     if "full" in spaces:
+        counted = routes(Architecture(model), batches, plans["full"])
+        operations = sum(route.operations for route in counted)
         bound = statistics.median(
             a / (b + operations / rate)
             for a, b in zip(times["full"], floor, strict=True)
         )
     return Cost(
         examples=sum(map(batch_length, batches)),
-        outputs=how.outputs,
-        positions=counted.positions,
+        outputs=next(iter(plans.values())).outputs,
+        positions=sum(map(count_positions, batches)),
         seconds={name: statistics.median(own) for name, own in times.items()},
         over_floor=ratios,
         operations=operations,
@@ -128,27 +134,39 @@ def measure(
     )
 
 
-def _in_rounds(
+def in_rounds(
     cases: Mapping[str, Callable[[], object]],
     rounds: int,
-    device: torch.device,
-    progress: Progress | None,
+    device: torch.device = CPU,
+    progress: Progress | None = None,
 ) -> Times:
-    """Return the seconds of each case in every round, the first left out."""
+    """Return the seconds of each case in every round.
+
+    As `timeit` does, without the garbage collector, which would run in whatever case
+    its count is full; nor before each, since walking over all objects of Python empties
+    the caches that real calls find full.
+
+    Args:
+        cases: What is timed, by name.
+        rounds: How often.
+        device: Where it runs.
+        progress: Called after every round.
+
+    Returns:
+        For each case as many seconds as rounds.
+    """
     times: Times = {name: [] for name in cases}
     order = list(cases)
     shuffle = random.Random(0).shuffle
-    for number in range(rounds + 1):
+    for number in range(1, rounds + 1):
         shuffle(order)
         gc.collect()
         gc.disable()
         try:
             for name in order:
-                took = seconds(cases[name], device)
-                if number:
-                    times[name].append(took)
+                times[name].append(seconds(cases[name], device))
         finally:
             gc.enable()
         if progress is not None:
-            progress("rounds", number + 1, rounds + 1)
+            progress("rounds", number, rounds)
     return times

@@ -35,7 +35,7 @@ def draw_growth(record: Mapping[str, Any]) -> Figure:
         )
         if name in costs[0]["over_floor"]:
             right.plot(n, [cost["over_floor"][name] for cost in costs], **look)
-    if all(cost["operations"] for cost in costs) and "full" in costs[0]["seconds"]:
+    if costs[0]["operations"] is not None:
         bound = [
             cost["seconds"]["floor"]
             + cost["operations"] / cost["multiply_adds_per_second"]

@@ -1,7 +1,7 @@
 """About how long a plan takes: passes timed on one batch, products counted."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,7 +15,7 @@ from ntk.memory import ENTRY, Plan, in_units
 from ntk.yardsticks import multiply_adds_per_second
 from rocoft.architecture import Architecture
 
-__all__ = ["Estimate", "Route"]
+__all__ = ["Estimate", "Route", "routes"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Estimate:
         routes: How whole weights are contracted.
         multiply_adds_per_second: Of a matrix product here.
         processes: How many share the work.
-        positions: Of all examples, padding included.
     """
 
     plan: Plan
@@ -53,7 +52,6 @@ class Estimate:
     routes: tuple[Route, ...]
     multiply_adds_per_second: float
     processes: int = 1
-    positions: int = 0
 
     @classmethod
     def of(
@@ -75,11 +73,10 @@ class Estimate:
         Returns:
             The estimate.
         """
-        routes = tuple(_routes(Architecture(model), batches, how))
+        counted = routes(Architecture(model), batches, how)
         rate = multiply_adds_per_second(next(model.parameters()).device)
         each = _seconds_per_example(model, batches)
-        positions = sum(map(count_positions, batches))
-        return cls(how, each, routes, rate, processes, positions)
+        return cls(how, each, counted, rate, processes)
 
     @property
     def seconds(self) -> float:
@@ -132,10 +129,19 @@ def _seconds_per_example(model: nn.Module, batches: Sequence[Batch]) -> float:
     return took / batch_length(batch)
 
 
-def _routes(
+def routes(
     architecture: Architecture, batches: Sequence[Batch], how: Plan
-) -> Iterator[Route]:
-    """Yield how whole weights are contracted, by their shape."""
+) -> tuple[Route, ...]:
+    """Count how whole weights are contracted.
+
+    Args:
+        architecture: Of the model.
+        batches: As in `memory.plan`.
+        how: The plan.
+
+    Returns:
+        The routes, by the shape of the weights.
+    """
     (n, m), c = how.examples, how.outputs
     p = sum(map(count_positions, batches))
     q = round(p * m / n)
@@ -152,9 +158,11 @@ def _routes(
         of = architecture.linear_weights.get(name)
         if of is not None:
             found.setdefault((of.outputs, of.inputs), []).append(name)
+    counted = []
     for shape, names in found.items():
         square = Operations.count(shape, c, (m, m), (q, q), symmetric=True)
         rest = Operations.count(shape, c, (n - m, m), (p - q, q), symmetric=False)
         route = "positions" if square.positions_are_cheaper else "blocks"
         operations = len(names) * (square.least + (rest.least if n > m else 0))
-        yield Route(shape, len(names), route, operations)
+        counted.append(Route(shape, len(names), route, operations))
+    return tuple(counted)

@@ -38,10 +38,10 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         # In a tuple, so that they are no modules of this one.
         self._quantised = (layer, model)
-        shape = self.dequantised().shape
-        self.out_features, self.in_features = shape
-        zero = torch.zeros((), dtype=dtype, device=self.dequantised().device)
-        self.weight = nn.Parameter(zero.expand(shape))
+        values = self.dequantised()
+        self.out_features, self.in_features = values.shape
+        zero = torch.zeros((), dtype=dtype, device=values.device)
+        self.weight = nn.Parameter(zero.expand(values.shape))
         self.bias = layer.bias
 
     def dequantised(self) -> Tensor:

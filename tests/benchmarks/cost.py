@@ -22,9 +22,7 @@ What must hold at every size, by medians:
 """
 
 import argparse
-import gc
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -36,6 +34,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ntk import kernel
+from ntk.cost import in_rounds
 from ntk.layerwise import layer_kernels
 from ntk.spaces import (
     Bias,
@@ -108,7 +107,6 @@ assert len(THIRTY) == 30
 """What a user might compare in one call."""
 
 Case = Callable[[], object]
-Times = dict[str, list[float]]
 
 
 def ours(
@@ -117,28 +115,6 @@ def ours(
     """Return the kernel of the first of several spaces."""
     result = kernel.compute(model, batch, spaces=spaces, reduce=reduce)
     return next(iter(result.kernels.values()))
-
-
-def in_rounds(cases: Mapping[str, Case], rounds: int) -> Times:
-    """Return the seconds of each case in every round.
-
-    As `timeit` does, without the garbage collector, which would run in whatever case
-    its count is full; nor before each, since walking over all objects of Python empties
-    the caches that real calls find full.
-    """
-    times: Times = {name: [] for name in cases}
-    order = list(cases)
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        gc.collect()
-        gc.disable()
-        try:
-            for name in order:
-                times[name].append(setting.seconds(cases[name]))
-        finally:
-            gc.enable()
-    return times
 
 
 def summary(values: list[float], limit: float | None = None) -> dict[str, object]:

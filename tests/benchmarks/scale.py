@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from ntk.estimate import Estimate
+from ntk.estimate import routes
 from ntk.function import NetworkFunction
 from ntk.memory import compute_as_planned, in_units, parse_bytes, plan
-from ntk.spaces import Full
 from ntk.yardsticks import multiply_adds_per_second, run_floor, seconds
+from rocoft.architecture import Architecture
 from tests.benchmarks.cost import FULL, THIRTY
 from tests.benchmarks.gpu import roberta
 from tests.benchmarks.setting import environment, peak_memory
@@ -42,11 +42,7 @@ def measure(n: int, which: str, memory: int) -> dict[str, Any]:
     case, device = roberta(n), torch.device("cpu")
     model, batches = case.model("cpu"), case.batches("cpu")
     how = plan(model, batches, len(batches), spaces=SETS[which], memory=memory)
-    counted = Estimate.of(
-        model,
-        batches,
-        plan(model, batches, len(batches), spaces={"": Full()}, memory=memory),
-    )
+    counted = routes(Architecture(model), batches, how)
     floor = lambda: run_floor(NetworkFunction(model), batches)
     floors = [seconds(floor, device)]
     rates = [multiply_adds_per_second(device)]
@@ -55,7 +51,7 @@ def measure(n: int, which: str, memory: int) -> dict[str, Any]:
     )
     floors.append(seconds(floor, device))
     rates.append(multiply_adds_per_second(device))
-    operations = sum(route.operations for route in counted.routes)
+    operations = sum(route.operations for route in counted)
     bound = min(floors) + operations / max(rates)
     return {
         "n": n,
