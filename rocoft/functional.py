@@ -21,13 +21,14 @@ class Index:
 
     Attributes:
         values: ``(k,)``, in ascending order.
-        start: The first of them, if they are consecutive and that is known.
-        count: ``k`` in that case, else 0.
+        span: The first of them and ``k``, if they are consecutive and that is known.
     """
 
     values: Tensor
-    start: int = 0
-    count: int = 0
+    span: tuple[int, int] | None = None
+
+
+_Span = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Slices:
             added = F.linear(x, self.rows.to(x.dtype)).to(y.dtype)
             y = y.index_add(-1, self.row_index.values, added)
         if self.columns is not None and self.column_index is not None:
-            taken = _take(x, *_parts(self.column_index))
+            taken = _take(x, self.column_index.values, self.column_index.span)
             y = y + F.linear(taken, self.columns.to(x.dtype)).to(y.dtype)
         return y
 
@@ -91,12 +92,12 @@ def linear_with_slices(
         return slices.added_to(
             F.linear(x, weight.t() if transposed else weight, bias), x
         )
-    row_index, column_index = slices.row_index, slices.column_index
+    row_values, row_span = _parts(slices.row_index)
+    column_values, column_span = _parts(slices.column_index)
     y, _ = _LinearWithSlices.apply(
-        *(x, weight, bias),
-        *(slices.rows, *(_UNUSED if row_index is None else _parts(row_index))),
-        *(slices.columns, *(_UNUSED if column_index is None else _parts(column_index))),
-        transposed,
+        *(x, weight, bias, slices.rows, row_values, slices.columns, column_values),
+        # One argument, since every call looks at each.
+        (row_span, column_span, transposed),
     )
     return y
 
@@ -112,29 +113,26 @@ class _LinearWithSlices(torch.autograd.Function):
         bias: Tensor | None,
         rows: Tensor | None,
         row_values: Tensor | None,
-        row_start: int,
-        row_count: int,
         columns: Tensor | None,
         column_values: Tensor | None,
-        column_start: int,
-        column_count: int,
-        transposed: bool,
+        layout: tuple[_Span, _Span, bool],
     ) -> tuple[Tensor, Tensor | None]:
+        row_span, column_span, transposed = layout
         dtype = _compute_dtype(x)
         wide, matrix = _cast(x, dtype), _cast(weight, dtype)
         taken = None
         if columns is not None:
             # A view would keep all of x alive for backward.
-            part = _take(x, column_values, column_start, column_count)
-            taken = part.to(dtype, copy=column_count > 0)
+            part = _take(x, column_values, column_span)
+            taken = part.to(dtype, copy=column_span is not None)
         y = F.linear(
             wide,
             matrix.t() if transposed else matrix,
             None if bias is None else _cast(bias, dtype),
         )
         if rows is not None:
-            added = _thin(_flat(wide), _cast(rows, dtype).t())
-            _add(_flat(y), added, row_values, row_start, row_count)
+            added = _thin(_flat(wide), _cast(rows, dtype))
+            _add(_flat(y), added, row_values, row_span)
         if columns is not None and taken is not None:
             # One pass over y for the product and the sum.
             y.view(-1, y.shape[-1]).addmm_(_flat(taken), _cast(columns, dtype).t())
@@ -144,12 +142,10 @@ class _LinearWithSlices(torch.autograd.Function):
             weight if needs[0] else None,
             *(rows, row_values, columns, column_values),
             # As an output, so that second derivatives know that it depends on x.
-            taken if needs[7] else None,
+            taken if needs[5] else None,
         )
         ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, rows, columns)]
-        ctx.row_span = (row_start, row_count)
-        ctx.column_span = (column_start, column_count)
-        ctx.transposed = transposed
+        ctx.layout = layout
         return y, taken
 
     @staticmethod
@@ -159,20 +155,21 @@ class _LinearWithSlices(torch.autograd.Function):
         x, weight, rows, row_values, columns, column_values, taken = ctx.saved_tensors
         x_dtype, bias_dtype, rows_dtype, columns_dtype = ctx.dtypes
         needs_x, _, needs_bias, needs_rows = ctx.needs_input_grad[:4]
+        row_span, column_span, transposed = ctx.layout
         dtype = dy.dtype
         flat = _flat(dy)
         dx = dbias = drows = dcolumns = picked = None
         if rows is not None and (needs_x or needs_rows):
-            picked = _take(flat, row_values, *ctx.row_span)
+            picked = _take(flat, row_values, row_span)
         if needs_x:
             weight = _cast(weight, dtype)
-            dx = flat @ (weight.t() if ctx.transposed else weight)
+            dx = flat @ (weight.t() if transposed else weight)
             if picked is not None:
                 dx.addmm_(picked, _cast(rows, dtype))
             if columns is not None:
                 assert dtaken is not None
-                added = _thin(flat, _cast(columns, dtype)) + _flat(dtaken)
-                _add(dx, added, column_values, *ctx.column_span)
+                added = _thin(flat, _cast(columns, dtype).t()) + _flat(dtaken)
+                _add(dx, added, column_values, column_span)
             dx = _cast(dx.view(*dy.shape[:-1], dx.shape[-1]), x_dtype)
         if needs_bias:
             dbias = _cast(flat.sum(dim=0), bias_dtype)
@@ -181,15 +178,11 @@ class _LinearWithSlices(torch.autograd.Function):
             drows = _cast(picked.t() @ _cast(_flat(x), dtype), rows_dtype)
         if taken is not None:
             dcolumns = _cast((_flat(taken).t() @ flat).t(), columns_dtype)
-        indexed = (drows, None, None, None, dcolumns, None, None, None)
-        return dx, None, dbias, *indexed, None
+        return dx, None, dbias, drows, None, dcolumns, None, None
 
 
-_UNUSED = (None, 0, 0)
-
-
-def _parts(index: Index) -> tuple[Tensor, int, int]:
-    return index.values, index.start, index.count
+def _parts(index: Index | None) -> tuple[Tensor | None, _Span]:
+    return (None, None) if index is None else (index.values, index.span)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -209,26 +202,26 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _thin(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a b`` for a b of few columns.
+def _thin(a: Tensor, few: Tensor) -> Tensor:
+    """Return ``a few^T`` for few rows.
 
     A product of few rows, each in one piece, takes down to a third of the time.
     """
-    return (b.t().contiguous() @ a.t()).t()
+    return (few.contiguous() @ a.t()).t()
 
 
-def _take(x: Tensor, values: Tensor | None, start: int, count: int) -> Tensor:
+def _take(x: Tensor, values: Tensor | None, span: _Span) -> Tensor:
     """Return some features of ``(..., d)``, a view if they are known consecutive."""
-    if values is None or count:
-        return x.narrow(-1, start, count)
+    if span is not None:
+        return x.narrow(-1, *span)
+    assert values is not None
     return x.index_select(-1, values)
 
 
-def _add(
-    x: Tensor, added: Tensor, values: Tensor | None, start: int, count: int
-) -> None:
+def _add(x: Tensor, added: Tensor, values: Tensor | None, span: _Span) -> None:
     """Add to some features of ``(..., d)``, in place."""
-    if values is None or count:
-        x.narrow(-1, start, count).add_(added)
+    if span is not None:
+        x.narrow(-1, *span).add_(added)
     else:
+        assert values is not None
         x.index_add_(-1, values, added)

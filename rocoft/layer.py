@@ -422,7 +422,7 @@ def _index(values: Tensor | None) -> Index | None:
         return None if values is None else Index(values)
     known = values.tolist()
     consecutive = known == list(range(known[0], known[0] + len(known)))
-    return Index(values, known[0], len(known)) if consecutive else Index(values)
+    return Index(values, (known[0], len(known))) if consecutive else Index(values)
 
 
 def _forget_layouts(module: nn.Module, _: Any) -> None:

@@ -419,8 +419,8 @@ def test_function_takes_spans_and_indices_alike():
     columns = torch.randn(10, 3, dtype=torch.float64)
     found = []
     for spans in (True, False):
-        row_index = Index(torch.tensor([4, 5]), 4, 2 if spans else 0)
-        column_index = Index(torch.tensor([1, 2, 3]), 1, 3 if spans else 0)
+        row_index = Index(torch.tensor([4, 5]), (4, 2) if spans else None)
+        column_index = Index(torch.tensor([1, 2, 3]), (1, 3) if spans else None)
         slices = Slices(rows, row_index, columns, column_index)
         found.append(linear_with_slices(x, base.weight, base.bias, slices))
     assert torch.equal(*found)
