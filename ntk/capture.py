@@ -11,7 +11,7 @@ receives it can reduce it while it is near the processor and let it go.
 A call that no rule knows makes the parameter *unserved*; the definition serves it.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -124,7 +124,7 @@ class Recorder(TorchFunctionMode):
         n = self.examples
         if n == 1:
             return value.unsqueeze(0)
-        length = len(value) if value.ndim else 0
+        length = value.shape[0] if value.ndim else 0
         if self.routed and value.ndim <= 2:
             raise NotByExampleError("its positions are picked by a condition on data")
         if length == n:
@@ -308,7 +308,7 @@ def record(
         },
     )
     # The flags are set before the recorder looks at every call.
-    with _frozen(function.model), recorder:
+    with _frozen(parameters.values()), recorder:
         outputs = function(batch)
     check_finite(function.model, outputs)
     for use in recorder.uses:
@@ -384,9 +384,9 @@ def complete(outputs: Tensor, recorder: Recorder) -> dict[str, list[Factor]]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let no parameter take a gradient, and give each its flag back."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad = False
     try:

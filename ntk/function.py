@@ -156,18 +156,23 @@ def check_model(model: nn.Module) -> None:
     if next(model.parameters(), None) is None:
         raise FunctionError(f"model {type(model).__name__} has no parameters.")
     for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                _check_parameter(f"{name}.{own}" if name else own, parameter)
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise FunctionError(
                 f"{name!r} normalises with the statistics of the batch, so an "
                 "example's output depends on the others and has no kernel of its own. "
                 "Use running statistics (track_running_stats=True) or GroupNorm."
             )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
-            raise FunctionError(
-                f"parameter {name!r} is quantised ({parameter.dtype}): its gradient is "
-                "not defined. Replace its layers with rocoft.dequantised_on_use(model)."
-            )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
+        raise FunctionError(
+            f"parameter {name!r} is quantised ({parameter.dtype}): its gradient is "
+            "not defined. Replace its layers with rocoft.dequantised_on_use(model)."
+        )
 
 
 def check_finite(model: nn.Module, outputs: Tensor) -> None:

@@ -59,9 +59,14 @@ class Job:
         Returns:
             The members and as many ``(c n, c m)``, or ``(n, m)`` if not coupled.
         """
-        if len(self.members) == 1 and not self._has_overlap():
+        if len(self.members) == 1:
             (each,) = self.members
-            return [each], how.gram(left, right, each.weights())[None]
+            a, b = left, right
+            if self._has_overlap():
+                assert isinstance(each, Slices)
+                a = _without(each.rows, left, each.of.outputs)
+                b = a if left is right else _without(each.rows, right, each.of.outputs)
+            return [each], how.gram(a, b, each.weights())[None]
         assert isinstance(self.stored, Slices | InputSide)
         members = list(self.members)
         selected: list[list[float]]
@@ -157,6 +162,12 @@ def _inputs_of(stored: InputSide, members: Sequence[Map]) -> list[list[float]]:
                 own[place[column]] = weight
         selected.append(own)
     return selected
+
+
+def _without(rows: Sequence[int], features: Tensor, outputs: int) -> Tensor:
+    """Return features ``(c, n, q outputs)`` that are zero at some output features."""
+    index = torch.tensor(rows, device=features.device)
+    return features.unflatten(2, (-1, outputs)).index_fill(3, index, 0).flatten(2)
 
 
 def _overlap(

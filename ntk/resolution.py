@@ -49,7 +49,14 @@ def resolve(spaces: Mapping[str, Space], model: nn.Module) -> dict[str, Maps]:
 
 def _signature(model: nn.Module) -> object:
     """Return what selections depend on but for the values of the weights."""
-    return (
-        [(path, type(module)) for path, module in model.named_modules()],
-        [(n, p.shape, p.requires_grad) for n, p in model.named_parameters()],
-    )
+    return [
+        (path, type(module), [_described(p) for p in module._parameters.items()])
+        for path, module in model.named_modules()
+    ]
+
+
+def _described(own: tuple[str, nn.Parameter | None]) -> object:
+    name, parameter = own
+    if parameter is None:
+        return name
+    return name, id(parameter), parameter.shape, parameter.requires_grad
