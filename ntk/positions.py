@@ -63,8 +63,10 @@ class Positions:
                 held = (largest != 0).any(dim=0)
                 held[max(0, first - n) :] = False
                 places = held.flatten().nonzero()[:, 0]
-                xs.append(factor.x.flatten(0, 1).index_select(0, places))
-                gs.append(_picked(factor.g, places, coupled=coupled))
+                x = factor.x.flatten(0, 1)
+                whole = len(places) == len(x)
+                xs.append(x if whole else x.index_select(0, places))
+                gs.append(_picked(factor.g, places, whole=whole, coupled=coupled))
                 owners.append(places // held.shape[1] + n)
             n += count
         x, g, owner = (
@@ -79,13 +81,22 @@ class Positions:
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
         return cls(x, g, owner, starts)
 
-    def panels(self, most: int) -> list[tuple[int, int]]:
-        """Cut the examples into runs of at most so many positions, or one example."""
+    def panels(self, most: int, stop: int | None = None) -> list[tuple[int, int]]:
+        """Cut examples into runs of at most so many positions, or one example.
+
+        Args:
+            most: Positions.
+            stop: Number of examples, None for all.
+
+        Returns:
+            The first example of each run and the one after its last.
+        """
+        stop = len(self.starts) - 1 if stop is None else stop
         cuts = [0]
-        for i in range(1, len(self.starts) - 1):
+        for i in range(1, stop):
             if self.starts[i + 1] - self.starts[cuts[-1]] > most:
                 cuts.append(i)
-        return list(zip(cuts, [*cuts[1:], len(self.starts) - 1], strict=True))
+        return list(zip(cuts, [*cuts[1:], stop], strict=True))
 
     def part(self, panel: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return x, g and ``(examples, positions)`` one-hot owners of a panel."""
@@ -125,14 +136,12 @@ def position_gram(
         theirs = ours
     c = len(ours.g)
     total = ours.x.new_zeros(c, n, c, m, dtype=torch.float64)
-    columns = [(p, theirs.part(p)) for p in theirs.panels(PANEL_COLUMNS // c)]
     for rows in ours.panels(PANEL_ROWS // c):
         part = ours.part(rows)
-        for (first, last), other in columns:
-            if ours is theirs and first >= rows[1]:
-                break
+        stop = rows[1] if ours is theirs else m
+        for first, last in theirs.panels(PANEL_COLUMNS // c, stop):
             block = total[:, rows[0] : rows[1], :, first:last]
-            block.copy_(_panel(part, other))
+            block.copy_(_panel(part, theirs.part((first, last))))
     if ours is theirs:
         above = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1)
         mirrored = total.permute(2, 3, 0, 1)
@@ -140,14 +149,22 @@ def position_gram(
     return total.reshape(c * n, c * m)
 
 
-def _picked(g: Sequence[Tensor], places: Tensor, *, coupled: bool) -> Tensor:
-    """Return some positions of each output's ``(n, t, d)``, see `Positions.of`."""
+def _picked(
+    g: Sequence[Tensor], places: Tensor, *, whole: bool, coupled: bool
+) -> Tensor:
+    """Return some or all positions of each output's ``(n, t, d)``.
+
+    See `Positions.of`.
+    """
+    flat = [each.flatten(0, 1) for each in g]
     if not coupled:
-        flat = [each.flatten(0, 1).index_select(0, places) for each in g]
-        return torch.cat(flat, dim=1)[None]
+        picked = flat if whole else [each.index_select(0, places) for each in flat]
+        return torch.cat(picked, dim=1)[None]
+    if whole:
+        return torch.stack(flat)
     chosen = g[0].new_empty(len(g), len(places), g[0].shape[2])
-    for each, out in zip(g, chosen, strict=True):
-        torch.index_select(each.flatten(0, 1), 0, places, out=out)
+    for each, out in zip(flat, chosen, strict=True):
+        torch.index_select(each, 0, places, out=out)
     return chosen
 
 
