@@ -9,9 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+WAITING = 2**20
+"""Entries of small Gram matrices that wait to be added up together."""
+
 
 class Accumulator:
     """Adds up the Gram matrices of several spaces in float64.
+
+    Small ones wait for others: a sum costs much more to call than to make.
 
     Args:
         spaces: Their names.
@@ -25,6 +30,8 @@ class Accumulator:
         self.n, self.m = n, m
         self.traced = traced
         self._sums: dict[str, Tensor] = {}
+        self._waiting: list[Tensor] = []
+        self._holders: list[Sequence[str]] = []
         self._added: list[tuple[str, Sequence[Sequence[str]]]] = []
         self._traces: list[Tensor] = []
 
@@ -36,16 +43,40 @@ class Accumulator:
             holders: For each Gram matrix the spaces that it belongs to.
             grams: ``(k, c n, c m)``, or ``(k, n, m)`` if outputs are summed over.
         """
-        for each, spaces in zip(grams, holders, strict=True):
-            for space in spaces:
-                if space in self._sums:
-                    self._sums[space] += each
-                else:
-                    self._sums[space] = each.to(torch.float64, copy=True)
+        self._waiting.append(grams)
+        self._holders += holders
+        if sum(map(len, self._holders)) * grams[0].numel() > WAITING:
+            self._add_up()
         if self.traced:
             self._added.append((name, holders))
             same = grams.diagonal(dim1=1, dim2=2)
             self._traces.append(same.sum(dim=1, dtype=torch.float64))
+
+    def _add_up(self) -> None:
+        """Add what waits to the sums."""
+        waiting, holders = self._waiting, self._holders
+        self._waiting, self._holders = [], []
+        if len(waiting) < 2:
+            # Large ones perhaps, of which no copies are made.
+            for grams in waiting:
+                for each, spaces in zip(grams, holders, strict=True):
+                    for space in spaces:
+                        self._add(space, each)
+            return
+        grams = torch.cat(waiting).double()
+        numbers = {space: i for i, space in enumerate(self.spaces)}
+        held = [(numbers[s], i) for i, spaces in enumerate(holders) for s in spaces]
+        into, of = torch.tensor(held, device=grams.device).T
+        totals = grams.new_zeros(len(numbers), *grams.shape[1:])
+        totals.index_add_(0, into, grams[of])
+        for space in dict.fromkeys(space for spaces in holders for space in spaces):
+            self._add(space, totals[numbers[space]])
+
+    def _add(self, space: str, gram: Tensor) -> None:
+        if space in self._sums:
+            self._sums[space] += gram
+        else:
+            self._sums[space] = gram.to(torch.float64, copy=True)
 
     def grams(self, outputs: int, like: Tensor) -> dict[str, Tensor]:
         """Return each space's Gram matrix; zero where nothing was added.
@@ -57,6 +88,7 @@ class Accumulator:
         Returns:
             For each space ``(c n, c m)`` or ``(n, m)`` in float64.
         """
+        self._add_up()
         shape = (outputs * self.n, outputs * self.m)
         for space in self.spaces:
             if space not in self._sums:

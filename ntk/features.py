@@ -85,8 +85,11 @@ class Features:
         if isinstance(factor, Vector):
             factor = raised(factor)
         for each in self.wanted[name]:
-            if isinstance(each, Whole):
+            if self._kept_whole(name, each):
                 self._whole.setdefault(id(use), []).append(factor)
+            elif isinstance(each, Whole):
+                assert isinstance(factor, Vector)
+                self._add_vector((name, each), k, factor.v[0])
             else:
                 assert isinstance(each, Slices | InputSide | Sketch)
                 self._add(use, each, k, factor)
@@ -111,7 +114,7 @@ class Features:
         uses = self._uses.pop(name)
         for each in self.wanted[name]:
             key = (name, each)
-            if isinstance(each, Whole):
+            if self._kept_whole(name, each):
                 arrived = [joined(self._whole.pop(id(use))) for use in uses]
                 whole = self.factors.setdefault(key, [])
                 whole.append(arrived or [self._nothing(name)])
@@ -122,11 +125,23 @@ class Features:
                 for use in uses:
                     self._kept.pop((id(use), each), None)
             if self.ready is not None:
-                if isinstance(each, Whole):
+                if key in self.factors:
                     self.ready(key, self._small(key))
                     del self.factors[key]
                 else:
                     self.ready(key, self.features.pop(key))
+
+    def _kept_whole(self, name: str, each: Map) -> bool:
+        """Whether factors are kept; those of a vector are its gradients themselves."""
+        return isinstance(each, Whole) and self.parameters[name].ndim > 1
+
+    def _add_vector(self, key: Key, k: int, gradient: Tensor) -> None:
+        out = self._room(key, gradient.dtype)[k, self._place]
+        if (key, k) in self._written:
+            out += gradient
+        else:
+            self._written.add((key, k))
+            out.copy_(gradient)
 
     def _add(
         self, use: Use, each: Slices | InputSide | Sketch, k: int, factor: Factor

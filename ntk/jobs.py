@@ -9,6 +9,7 @@ beside the LoRA pairs of their weight: one product makes the features of all.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ class Job:
             isinstance(each, Slices) and each.rows for each in self.members
         )
 
+    @cached_property
+    def _selected(self) -> Tensor:
+        """The weight of every stored slice in every member, in float64."""
+        members = list(self.members)
+        if isinstance(self.stored, Slices):
+            selected = _rows_of(self.stored, members)
+        else:
+            assert isinstance(self.stored, InputSide)
+            selected = _inputs_of(self.stored, members)
+        return torch.tensor(selected, dtype=torch.float64)
+
     def grams(
         self, left: Tensor, right: Tensor, how: Contraction
     ) -> tuple[Sequence[Map], Tensor]:
@@ -69,14 +81,10 @@ class Job:
             return [each], how.gram(a, b, each.weights())[None]
         assert isinstance(self.stored, Slices | InputSide)
         members = list(self.members)
-        selected: list[list[float]]
-        if isinstance(self.stored, Slices):
-            width, selected = self.stored.of.inputs, _rows_of(self.stored, members)
-        else:
-            width, selected = self.stored.of.outputs, _inputs_of(self.stored, members)
+        rows = isinstance(self.stored, Slices)
+        width = self.stored.of.inputs if rows else self.stored.of.outputs
         a, b = (f.unflatten(2, (-1, width)) for f in (left, right))
-        weights = torch.tensor(selected, dtype=left.dtype, device=left.device)
-        grams = _slice_grams(weights, a, b, how)
+        grams = _slice_grams(self._selected.to(left), a, b, how)
         if isinstance(self.stored, InputSide):
             for each, block in zip(members, grams, strict=True):
                 if isinstance(each, Slices) and each.rows:
@@ -87,15 +95,25 @@ class Job:
 def jobs(maps: Mapping[str, Maps]) -> list[Job]:
     """Return the jobs that serve some spaces.
 
+    Those of the last spaces are kept: making them takes as long as a pass over a few
+    sentences, and most callers come again with the same ones.
+
     Args:
         maps: The resolved spaces by name.
 
     Returns:
-        Jobs whose members are all maps of all spaces.
+        Jobs whose members are all maps of all spaces, not to be changed.
     """
+    return _jobs(tuple((space, tuple(each.items())) for space, each in maps.items()))
+
+
+@lru_cache(maxsize=16)
+def _jobs(
+    maps: tuple[tuple[str, tuple[tuple[str, tuple[Map, ...]], ...]], ...],
+) -> list[Job]:
     holders: dict[str, dict[Map, list[str]]] = {}
-    for space, resolved in maps.items():
-        for name, several in resolved.items():
+    for space, resolved in maps:
+        for name, several in resolved:
             for each in several:
                 holders.setdefault(name, {}).setdefault(each, []).append(space)
     found = []

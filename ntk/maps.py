@@ -69,6 +69,14 @@ class Slices:
     columns: tuple[int, ...]
     rescale: bool = False
 
+    def __hash__(self) -> int:
+        """Hash once: maps are looked up at every gradient."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.of, self.rows, self.columns, self.rescale))
+
     @cached_property
     def _row_places(self) -> slice | Tensor:
         return _places(self.rows)
@@ -183,6 +191,14 @@ class LowRank:
     scaling: float
     rescale: bool = False
 
+    def __hash__(self) -> int:
+        """Hash once: maps are looked up at every gradient."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.of, self.rank, self.seed, self.scaling, self.rescale))
+
     @cached_property
     def down(self) -> Tensor:
         """A, ``(rank, inputs)`` in float64."""
@@ -229,8 +245,12 @@ class InputSide:
     pairs: tuple[LowRank, ...]
 
     def __hash__(self) -> int:
-        """Hash without the pairs: it is looked up at every gradient."""
-        return hash((self.of, self.columns))
+        """Hash once: maps are looked up at every gradient."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.of, self.columns, self.pairs))
 
     @cached_property
     def _column_places(self) -> slice | Tensor:
@@ -259,20 +279,24 @@ class InputSide:
         return None
 
     def prepare(self, x: Tensor) -> tuple[Tensor]:
-        """Return the q features ``(n, t, q)`` of the input ``(n, t, inputs)``."""
-        parts = [_pick(x, self._column_places)] if self.columns else []
+        """Return the q features ``(n, q, t)`` of the input ``(n, t, inputs)``."""
+        turned = x.flatten(0, 1).T
+        if isinstance(self._column_places, slice):
+            parts = [turned[self._column_places]] if self.columns else []
+        else:
+            parts = [turned.index_select(0, self._column_places.to(x.device))]
         if self.pairs:
             # Few rows times many take a third of the time of many times few.
-            turned = self.down.to(x) @ x.flatten(0, 1).T
-            parts.append(turned.T.unflatten(0, x.shape[:2]))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2),)
+            parts.append(self.down.to(x) @ turned)
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (features.unflatten(1, x.shape[:2]).transpose(0, 1),)
 
     def add(
         self, g: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, first: bool
     ) -> None:
         """Add the features of one output to ``out`` ``(n, size)``, see `Slices.add`."""
         by_feature = out.view(len(g), -1, self.of.outputs)
-        _add_product(kept[0].transpose(1, 2), g, by_feature, first)
+        _add_product(kept[0], g, by_feature, first)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """Return the features ``(c, n, size)`` of ``(c, n, outputs, inputs)``."""

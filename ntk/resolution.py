@@ -1,4 +1,4 @@
-"""Spaces resolved on a model, the last ones kept as long as the model has not changed.
+"""Spaces resolved on a model, many of them kept as long as the model has not changed.
 
 Resolving thirty spaces anew takes as long as a pass over a few sentences. What depends
 on the values of the weights, such as their largest rows, is always resolved anew.
@@ -12,6 +12,9 @@ from torch import nn
 from ntk.maps import Maps
 from ntk.spaces import Space
 from rocoft.architecture import Architecture
+
+KEPT = 256
+"""Spaces of a model that are kept, those used last."""
 
 _kept: WeakKeyDictionary[nn.Module, tuple[object, dict[Space, Maps]]] = (
     WeakKeyDictionary()
@@ -34,16 +37,17 @@ def resolve(spaces: Mapping[str, Space], model: nn.Module) -> dict[str, Maps]:
         known = {}
     architecture: Architecture | None = None
     found: dict[str, Maps] = {}
-    kept: dict[Space, Maps] = {}
     for name, space in spaces.items():
-        maps = known.get(space) if space.lasting else None
+        maps = known.pop(space, None) if space.lasting else None
         if maps is None:
             architecture = architecture or Architecture(model)
             maps = space.maps(architecture)
         if space.lasting:
-            kept[space] = maps
+            known[space] = maps
         found[name] = maps
-    _kept[model] = (signature, kept)
+    for space in list(known)[:-KEPT]:
+        del known[space]
+    _kept[model] = (signature, known)
     return found
 
 

@@ -167,9 +167,11 @@ def _vector(
         raise NotByExampleError("it has the shape of a batch")
     observer.by_example(output.detach())
 
+    whole_shape = output.shape
+
     def reduced(gradient: Tensor) -> Tensor:
         product = gradient if factor is None else gradient * factor
-        product = observer.by_example(product.expand(output.shape))
+        product = observer.by_example(product.expand(whole_shape))
         if channel is not None:
             product = product.movedim(channel + (observer.examples == 1), -1)
         padded = (1,) * (product.ndim - len(shape)) + tuple(shape)
