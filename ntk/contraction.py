@@ -33,8 +33,11 @@ BLOCK_ENTRIES = 2**16
 few enough that all examples' stay near the processor."""
 BLOCK_MEMORY = 2**26
 """Entries of the gradients of all examples and outputs that are formed at a time."""
-PANEL_ROWS = 64
-"""Rows of a symmetric product formed at a time: halves its operations when many."""
+PANEL_ROWS = 256
+"""Most rows of a symmetric product formed at a time, or half of them if that is less;
+smaller panels would spare more operations than they cost in speed."""
+SMALL_PRODUCT = 128
+"""Rows up to which a symmetric product is formed whole."""
 POSITION_OVERHEAD = 16
 """Cost of one elementwise multiply-add in memory, in multiply-adds of a product."""
 
@@ -126,11 +129,12 @@ def _matrices(uses: Uses) -> list[list[Matrix]]:
 
 def _self_product(a: Tensor) -> Tensor:
     """Return ``a a^T`` from panels of rows times the rows up to them."""
-    if len(a) <= PANEL_ROWS:
+    if len(a) <= SMALL_PRODUCT:
         return a @ a.T
     product = a.new_empty(len(a), len(a))
-    for start in range(0, len(a), PANEL_ROWS):
-        stop = min(start + PANEL_ROWS, len(a))
+    step = min(PANEL_ROWS, -(-len(a) // 2))
+    for start in range(0, len(a), step):
+        stop = min(start + step, len(a))
         panel = a[start:stop] @ a[:stop].T
         product[start:stop, :stop] = panel
         product[:start, start:stop] = panel[:, :start].T

@@ -191,9 +191,9 @@ def _plan(
         examples=max(sum(batch_length(batches[i]) for i in some) for some in columns),
         positions=sum(positions[i] for i in most),
     )
-    # A power of two, unless one map alone is more: passes do not depend on a little
+    # A round number, unless one map alone is more: passes do not depend on a little
     # memory, so that the same command has the same plan and the same last digits.
-    limit = max(_power_of_two(room), _largest(resolved, architecture, size))
+    limit = max(_rounded_down(room), _largest(resolved, architecture, size))
     parts = chunks(resolved, architecture, size, limit // ENTRY)
     if (kept := ENTRY * max(part.entries for part in parts)) > room:
         need = (budget * (1 - SLACK) - free + kept * (free / room if room else 2)) / (
@@ -214,7 +214,7 @@ def _plan(
         workspace=workspace,
         chunks=tuple(parts),
         columns=tuple(map(tuple, columns)),
-        left_bytes=_power_of_two(free - room),
+        left_bytes=_rounded_down(free - room),
         examples=(n, m),
         outputs=whole.outputs,
     )
@@ -365,9 +365,12 @@ def _widen(
         part.kernels[name] = whole
 
 
-def _power_of_two(amount: int) -> int:
-    """Return the largest power of two that is no more, 0 if there is none."""
-    return 1 << (amount.bit_length() - 1) if amount > 0 else 0
+def _rounded_down(amount: int) -> int:
+    """Return the largest 4, 5, 6 or 7 times a power of two that is no more, or 0."""
+    if amount < 4:
+        return max(amount, 0)
+    step = 1 << (amount.bit_length() - 3)
+    return amount // step * step
 
 
 def _free(device: torch.device) -> int:

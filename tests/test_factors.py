@@ -160,7 +160,7 @@ def test_factor_of_one_example(name):
         assert_close(found, whole(factor, SHAPE)[1:2], 0)
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 200, 601])
 def test_product_with_itself(rows):
     features = noise(1, rows, 7)
     found = Contraction().gram(features, features)
