@@ -28,6 +28,7 @@ from ntk.function import Batch
 from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
 from ntk.memory import Plan
+from ntk.precision import Precision
 from ntk.storage import StorageError, load_kernels, save_kernels
 from rocoft.quantised import QuantisedLinear
 
@@ -48,6 +49,7 @@ def content_key(
     resolved: Mapping[str, Maps],
     *,
     kind: Kind = "sgd",
+    precision: Precision = "float32",
     reduce: Reduction = "full",
     readout: str = "",
     processes: int = 1,
@@ -60,6 +62,7 @@ def content_key(
         right: How many batches are the right examples too.
         resolved: The maps of every space.
         kind: Of kernel.
+        precision: Of its products.
         reduce: As in `kernel.compute`.
         readout: What else the outputs depend on, such as label words.
         processes: How many share the work.
@@ -76,7 +79,7 @@ def content_key(
         "config": str(getattr(model, "config", "")),
         "modules": [(name, type(m).__qualname__) for name, m in model.named_modules()],
         "right": right,
-        "kernel": [kind, reduce, readout, processes],
+        "kernel": [kind, precision, reduce, readout, processes],
         "spaces": {name: repr(maps) for name, maps in resolved.items()},
     }
     digest.update(json.dumps(facts, sort_keys=True, default=repr).encode())

@@ -19,6 +19,7 @@ from ntk.function import Batch, NetworkFunction, batch_length, evaluating, take
 from ntk.jobs import jobs
 from ntk.kernel import Kind, Reduction, compute
 from ntk.maps import Map, Maps, Whole
+from ntk.precision import Precision
 from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.spaces import Space
@@ -131,6 +132,7 @@ def compute_chunk(
     *,
     spaces: Mapping[str, Space],
     kind: Kind = "sgd",
+    precision: Precision = "float32",
     reduce: Reduction = "full",
     left_bytes: int = LEFT_BYTES,
     processes: Processes | None = None,
@@ -145,6 +147,7 @@ def compute_chunk(
         chunk: What the pass serves.
         spaces: Tangent spaces by name.
         kind: As in `kernel.compute`.
+        precision: As in `kernel.compute`.
         reduce: As in `kernel.compute`.
         left_bytes: As in `kernel.compute`.
         processes: As in `kernel.compute`.
@@ -159,6 +162,7 @@ def compute_chunk(
         right,
         spaces={n: Pinned(spaces[n], maps) for n, maps in chunk.spaces.items()},
         kind=kind,
+        precision=precision,
         reduce=reduce,
         left_bytes=left_bytes,
         processes=processes,

@@ -118,6 +118,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             computation = Computation.of(
                 compared,
                 kind=options.kind,
+                precision=options.precision,
                 implementation=options.implementation,
                 memory=options.memory,
                 cache=options.output / ".cache" if options.cache else None,

@@ -19,6 +19,7 @@ from ntk.function import Batch
 from ntk.kernel import Kind
 from ntk.maps import Maps
 from ntk.memory import Plan, plan
+from ntk.precision import Precision
 from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum, Without
@@ -119,11 +120,17 @@ class Comparison:
         """The maps of the spaces whose kernels are computed."""
         return resolve(self.computed, self.backbone.module)
 
-    def content_key(self, kind: Kind, processes: Processes | None = None) -> str:
+    def content_key(
+        self,
+        kind: Kind,
+        precision: Precision = "float32",
+        processes: Processes | None = None,
+    ) -> str:
         """Return a digest of all that the kernels depend on.
 
         Args:
             kind: Of kernel.
+            precision: Of its products.
             processes: Those that share the work, as the last digits depend on them.
         """
         return content_key(
@@ -132,6 +139,7 @@ class Comparison:
             self.data.train_batches,
             self.resolved,
             kind=kind,
+            precision=precision,
             readout=f"{self.backbone.readout} {self.backbone.prompt!r}",
             processes=1 if processes is None else processes.size,
         )

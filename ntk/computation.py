@@ -17,6 +17,7 @@ from ntk.comparison import Comparison
 from ntk.engine import KernelResult
 from ntk.kernel import Implementation, Kind, compute
 from ntk.memory import Plan, compute_as_planned
+from ntk.precision import Precision
 from ntk.processes import Processes
 from rocoft.console import Progress
 
@@ -30,6 +31,7 @@ class Computation:
     Attributes:
         result: The kernels, rows and columns in the order of the batches.
         kind: Of kernel.
+        precision: Of the products of gradients.
         implementation: How they were computed.
         plan: The plan that was followed; None where only factors have one.
         kept: The file they were found in or are kept in, if any.
@@ -40,6 +42,7 @@ class Computation:
 
     result: KernelResult
     kind: Kind
+    precision: Precision
     implementation: Implementation
     plan: Plan | None
     kept: KernelCache | None
@@ -53,6 +56,7 @@ class Computation:
         compared: Comparison,
         *,
         kind: Kind = "sgd",
+        precision: Precision = "float32",
         implementation: Implementation = "factors",
         memory: int | None = None,
         cache: Path | None = None,
@@ -64,6 +68,7 @@ class Computation:
         Args:
             compared: The model, the examples and the spaces.
             kind: Of kernel.
+            precision: Of the products of gradients, see `ntk.precision`.
             implementation: How kernels are computed.
             memory: Most bytes to hold while kernels are computed from factors; None
                 means a share of what is free.
@@ -84,7 +89,7 @@ class Computation:
         kept, how = None, None
         key = ""
         if processes is not None or cache is not None:
-            key = compared.content_key(kind, processes)
+            key = compared.content_key(kind, precision, processes)
         if processes is not None and len(set(processes.gather(key))) > 1:
             raise ValueError(
                 "the processes do not have the same weights, examples, spaces, "
@@ -95,7 +100,9 @@ class Computation:
             how = compared.plan(memory, processes)
             if cache is not None and (processes is None or processes.is_first):
                 kept = KernelCache(cache, key)
-            how, result = _by_plan(compared, kind, how, kept, processes, progress)
+            how, result = _by_plan(
+                compared, kind, precision, how, kept, processes, progress
+            )
         else:
             result = compute(
                 compared.backbone.module,
@@ -103,6 +110,7 @@ class Computation:
                 compared.data.train_batches,
                 spaces=compared.computed,
                 kind=kind,
+                precision=precision,
                 implementation=implementation,
                 processes=processes,
                 progress=progress,
@@ -113,12 +121,14 @@ class Computation:
             result.kernels["full"] = estimate.kernel
         size = 1 if processes is None else processes.size
         seconds = time.perf_counter() - start
-        return cls(result, kind, implementation, how, kept, estimate, size, seconds)
+        what = (result, kind, precision, implementation)
+        return cls(*what, how, kept, estimate, size, seconds)
 
 
 def _by_plan(
     compared: Comparison,
     kind: Kind,
+    precision: Precision,
     how: Plan,
     kept: KernelCache | None,
     processes: Processes | None,
@@ -140,6 +150,7 @@ def _by_plan(
             how,
             spaces=compared.computed,
             kind=kind,
+            precision=precision,
             start=(found, done),
             keep=keep,
             processes=processes,

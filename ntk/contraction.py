@@ -27,6 +27,7 @@ from ntk.factors import (
     workspace,
 )
 from ntk.positions import position_gram
+from ntk.precision import Precision, product
 
 BLOCK_ENTRIES = 2**16
 """Entries of each gradient formed at a time: enough for products to run at full speed,
@@ -52,11 +53,13 @@ class Contraction:
         left: Applied to the left gradient's entries, such as the sign.
         right: Applied to the right gradient's entries.
         coupled: Keep all pairs of outputs, else sum over equal outputs.
+        precision: Of products of float32 features.
     """
 
     left: Transform | None = None
     right: Transform | None = None
     coupled: bool = True
+    precision: Precision = "float32"
 
     @property
     def linear(self) -> bool:
@@ -87,9 +90,11 @@ class Contraction:
             left = left * weights.to(left)
         if self.coupled:
             if self.linear and left is right:
-                return _self_product(left.flatten(0, 1))
-            return left.flatten(0, 1) @ right.flatten(0, 1).T
-        return torch.stack([a @ b.T for a, b in zip(left, right, strict=True)]).sum(0)
+                return _self_product(left.flatten(0, 1), self.precision)
+            a, b = left.flatten(0, 1), right.flatten(0, 1)
+            return product(a, b.T, self.precision)
+        pairs = zip(left, right, strict=True)
+        return torch.stack([product(a, b.T, self.precision) for a, b in pairs]).sum(0)
 
 
 def gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor:
@@ -113,7 +118,7 @@ def gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor
     prefix = is_prefix(left, right)
     if how.linear and same_way and _positions_are_cheaper(ours, theirs, prefix):
         known = examples(right) if prefix else theirs
-        return position_gram(ours, known, coupled=how.coupled)
+        return position_gram(ours, known, coupled=how.coupled, precision=how.precision)
     return _block_gram(left, right, shape, how)
 
 
@@ -127,18 +132,18 @@ def _matrices(uses: Uses) -> list[list[Matrix]]:
     return matrices if same and whole else []
 
 
-def _self_product(a: Tensor) -> Tensor:
+def _self_product(a: Tensor, precision: Precision) -> Tensor:
     """Return ``a a^T`` from panels of rows times the rows up to them."""
     if len(a) <= SMALL_PRODUCT:
-        return a @ a.T
-    product = a.new_empty(len(a), len(a))
+        return product(a, a.T, precision)
+    found = a.new_empty(len(a), len(a))
     step = min(PANEL_ROWS, -(-len(a) // 2))
     for start in range(0, len(a), step):
         stop = min(start + step, len(a))
-        panel = a[start:stop] @ a[:stop].T
-        product[start:stop, :stop] = panel
-        product[:start, start:stop] = panel[:, :start].T
-    return product
+        panel = product(a[start:stop], a[:stop].T, precision)
+        found[start:stop, :stop] = panel
+        found[:start, start:stop] = panel[:, :start].T
+    return found
 
 
 def _sparse(factor: Factor) -> bool:

@@ -149,6 +149,7 @@ def evaluate(
         },
         "kernel": {
             "kind": kind,
+            "precision": computation.precision,
             "implementation": computation.implementation,
             "services": _services(result),
             "with_head": compared.with_head,

@@ -144,6 +144,9 @@ def _certificate(record: Record) -> str:
     own = (record.get("model") or {}).get("dtype")
     other = judged is not None and judged != own
     where = f" in {judged} (the model is in {own})" if other else ""
+    products = (record.get("kernel") or {}).get("precision") or "float32"
+    if products != "float32":
+        where += f" (the kernels' products are in {products})"
     return (
         f"{shown(entries, ',.0f')} random entries, recomputed by the definition"
         f"{where}, agree with the kernels within a relative error of "

@@ -17,6 +17,7 @@ from torch import Tensor
 from ntk.contraction import Contraction
 from ntk.jacobian import Key
 from ntk.maps import InputSide, LowRank, Map, Maps, Slices
+from ntk.precision import product
 
 SLICE_ENTRIES = 2**25
 """Entries of the Gram matrices of slices held at a time."""
@@ -230,5 +231,6 @@ def _slice_grams(
 def _batched_gram(left: Tensor, right: Tensor, how: Contraction) -> Tensor:
     left, right = how.transformed(left, right)
     if how.coupled:
-        return torch.bmm(left.flatten(1, 2), right.flatten(1, 2).transpose(1, 2))
-    return torch.matmul(left, right.transpose(2, 3)).sum(dim=1)
+        a, b = left.flatten(1, 2), right.flatten(1, 2)
+        return product(a, b.transpose(1, 2), how.precision)
+    return product(left, right.transpose(2, 3), how.precision).sum(dim=1)

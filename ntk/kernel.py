@@ -35,6 +35,7 @@ from ntk.function import (
     to_batches,
 )
 from ntk.maps import Maps, Sketch
+from ntk.precision import Precision, check_precision
 from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.sharding import ShardedEngine
@@ -76,6 +77,7 @@ def empirical_ntk(
     kind: Kind = "sgd",
     implementation: Implementation = "factors",
     batch_size: int | None = None,
+    precision: Precision = "float32",
 ) -> Tensor: ...
 @overload
 def empirical_ntk(
@@ -89,6 +91,7 @@ def empirical_ntk(
     kind: Kind = "sgd",
     implementation: Implementation = "factors",
     batch_size: int | None = None,
+    precision: Precision = "float32",
 ) -> dict[str, Tensor]: ...
 def empirical_ntk(
     model: nn.Module,
@@ -101,6 +104,7 @@ def empirical_ntk(
     kind: Kind = "sgd",
     implementation: Implementation = "factors",
     batch_size: int | None = None,
+    precision: Precision = "float32",
 ) -> Tensor | dict[str, Tensor]:
     """Return the empirical NTK between examples over chosen parameters.
 
@@ -122,6 +126,9 @@ def empirical_ntk(
         implementation: ``"factors"``, ``"jacobian"`` or ``"jvp"``: the same numbers at
             different costs, see `IMPLEMENTATIONS`.
         batch_size: Most examples in one pass; None takes batches as given.
+        precision: Of the products that contract float32 gradients: ``"float32"``,
+            ``"tf32"`` (GPUs), ``"bf16"`` or ``"bf16x3"``, see `ntk.precision`. The
+            model itself is evaluated as it is.
 
     Returns:
         ``(n, m, c, d)``, or ``(n, m)`` if reduced, in float64 on the model's device;
@@ -141,6 +148,7 @@ def empirical_ntk(
         kind=kind,
         implementation=implementation,
         batch_size=batch_size,
+        precision=precision,
     )
     if isinstance(space, Mapping):
         return result.kernels
@@ -158,6 +166,7 @@ def compute(
     kind: Kind = "sgd",
     implementation: Implementation = "factors",
     batch_size: int | None = None,
+    precision: Precision = "float32",
     left_bytes: int = LEFT_BYTES,
     processes: Processes | None = None,
     progress: Progress | None = None,
@@ -175,6 +184,7 @@ def compute(
         kind: As in `empirical_ntk`.
         implementation: As in `empirical_ntk`.
         batch_size: As in `empirical_ntk`.
+        precision: As in `empirical_ntk`.
         left_bytes: What features and factors of left examples may take at a time,
             besides those of the right ones, which all stay.
         processes: Those that call this with the same arguments and share the work; all
@@ -205,7 +215,13 @@ def compute(
         right = to_batches(other, device, batch_size)
     function = NetworkFunction(model, reader(outputs, reduce))
     before, after = KINDS[kind]
-    how = Contraction(before, after, coupled=reduce == "full")
+    check_precision(precision, next(model.parameters()))
+    if precision != "float32" and implementation == "jvp":
+        raise ValueError(
+            f"precision={precision!r} is for products of gradients, which "
+            "implementation='jvp' never forms. Use 'factors' or 'jacobian'."
+        )
+    how = Contraction(before, after, reduce == "full", precision)
     if processes is not None and implementation == "jvp":
         raise ValueError(
             "implementation='jvp' is not shared among processes. Use 'factors' or "

@@ -34,6 +34,7 @@ from ntk.engine import KernelResult
 from ntk.function import Batch, NetworkFunction, batch_length, evaluating
 from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
+from ntk.precision import Precision
 from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.spaces import Space
@@ -227,6 +228,7 @@ def compute_as_planned(
     *,
     spaces: Mapping[str, Space],
     kind: Kind = "sgd",
+    precision: Precision = "float32",
     reduce: Reduction = "full",
     start: tuple[KernelResult, int] | None = None,
     keep: Callable[[int, KernelResult], None] | None = None,
@@ -241,6 +243,7 @@ def compute_as_planned(
         how: The plan.
         spaces: As in `plan`.
         kind: As in `kernel.compute`.
+        precision: As in `kernel.compute`.
         reduce: As in `plan`.
         start: The sums of so many first passes, changed in place; None means none.
         keep: Called after each pass with how many are done and their sums.
@@ -262,6 +265,7 @@ def compute_as_planned(
             chunk,
             spaces=spaces,
             kind=kind,
+            precision=precision,
             reduce=reduce,
             left_bytes=how.left_bytes,
             processes=processes,

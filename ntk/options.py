@@ -11,6 +11,7 @@ from ntk.approximation import Sketches
 from ntk.kernel import IMPLEMENTATIONS, KINDS
 from ntk.memory import parse_bytes
 from ntk.notation import parse_space
+from ntk.precision import PRECISIONS
 from ntk.spaces import Bias, Columns, Embeddings, LoRA, Norm, Rows, Space
 from rocoft.selection import STRATEGIES
 from rocoft.tasks import HUB, TaskError
@@ -163,6 +164,15 @@ def build_parser() -> argparse.ArgumentParser:
         choices=tuple(KINDS),
         default="sgd",
         help="<g, g'>, <sign g, sign g'> or <g, sign g'> (default: %(default)s)",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the products that contract gradients; --dtype is the model's. bf16 "
+        "rounds what is multiplied to bfloat16, bf16x3 what bfloat16 leaves over as "
+        "well, tf32 is for GPUs; sums are in float32 at least, and the report says "
+        "what it costs (default: %(default)s)",
     )
     add(
         "--implementation",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ntk.factors import Matrix, examples
+from ntk.precision import Precision, product
 
 PANEL_ROWS = 512
 """Rows of a panel of products, outputs times positions, or one example's."""
@@ -112,6 +113,7 @@ def position_gram(
     right: Sequence[Sequence[Matrix]] | int,
     *,
     coupled: bool,
+    precision: Precision = "float32",
 ) -> Tensor:
     """Return the Gram matrix of a weight's gradients.
 
@@ -121,6 +123,7 @@ def position_gram(
         right: The same of the right examples, or their number if they are the first of
             the left ones.
         coupled: Keep all pairs of outputs, else sum over equal outputs.
+        precision: Of the products of positions.
 
     Returns:
         ``(c n, c m)`` in float64, or ``(n, m)`` if not coupled.
@@ -141,7 +144,7 @@ def position_gram(
         stop = rows[1] if ours is theirs else m
         for first, last in theirs.panels(PANEL_COLUMNS // c, stop):
             block = total[:, rows[0] : rows[1], :, first:last]
-            block.copy_(_panel(part, theirs.part((first, last))))
+            block.copy_(_panel(part, theirs.part((first, last)), precision))
     if ours is theirs:
         above = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1)
         mirrored = total.permute(2, 3, 0, 1)
@@ -174,12 +177,14 @@ def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _panel(
-    left: tuple[Tensor, Tensor, Tensor], right: tuple[Tensor, Tensor, Tensor]
+    left: tuple[Tensor, Tensor, Tensor],
+    right: tuple[Tensor, Tensor, Tensor],
+    precision: Precision,
 ) -> Tensor:
     """Return the entries ``(c, n, c, m)`` of two panels' examples."""
     (x, g, owns), (y, h, others) = left, right
     c, p, q = len(g), len(x), len(y)
-    products = (g.flatten(0, 1) @ h.flatten(0, 1).T).view(c, p, c, q)
-    products *= (x @ y.T)[:, None]
+    products = product(g.flatten(0, 1), h.flatten(0, 1).T, precision).view(c, p, c, q)
+    products *= product(x, y.T, precision)[:, None]
     by_example = owns @ products.view(c, p, c * q)
     return by_example.view(c, len(owns), c, q) @ others.T

@@ -1,109 +1,133 @@
-"""Models in half precision: errors as their rounding predicts, and reported."""
+"""Products in less than float32 against exact ones."""
 
-import copy
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from cases import BY_NAME
 from commands import exit_code
+from torch import nn
 
-from ntk import compare
-from ntk.certificate import certify, judge
+from ntk import compare, precision
 from ntk.kernel import compute, empirical_ntk
-from ntk.spaces import Columns, Full, LoRA, Norm, Rows
+from ntk.memory import compute_as_planned, plan
+from ntk.precision import product
+from ntk.spaces import Columns, Full, LoRA, Rows
 
-STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
-SPACES = {
-    "full": Full(),
-    "rows": Rows(3),
-    "columns": Columns(3),
-    "lora": LoRA(2),
-    "norm": Norm(),
-}
-CAUSAL = ["llama", "mistral", "bloom", "qwen2", "gemma", "gpt-neox"]
-HALF = [torch.bfloat16, torch.float16]
+SPACES = {"full": Full(), "rows": Rows(3), "columns": Columns(3), "lora": LoRA(2)}
+ROUNDING = {"bf16": 2**-9, "bf16x3": 2**-16}
+SHAPES = [
+    ((70, 300), (300, 90)),
+    ((3, 40, 64), (3, 64, 50)),
+    ((2, 3, 9, 5), (2, 3, 5, 8)),
+]
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
+    return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.fixture(scope="module", params=CAUSAL)
-def model(request):
-    case = BY_NAME[request.param]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return case.build(), case.inputs(6)
+def has_bfloat16_units():
+    with precision._inner("medium"):
+        a = noise(256, 256)
+        return relative_error(a @ a, a.double() @ a.double()) > 1e-4
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_errors_are_about_the_rounding_of_a_number(model, dtype):
-    exact, inputs = model
-    expected = empirical_ntk(exact, inputs, space=SPACES)
-    found = empirical_ntk(copy.deepcopy(exact).to(dtype), inputs, space=SPACES)
-    rounding = torch.finfo(dtype).eps / 2
+@pytest.mark.parametrize("parts", [2**23, 500])
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("how", ROUNDING)
+def test_products_are_off_by_their_rounding(how, shapes, parts, monkeypatch):
+    monkeypatch.setattr(precision, "PART_ENTRIES", parts)
+    a, b = (noise(*shape) for shape in shapes)
+    found = product(a, b, how)
+    assert found.dtype is torch.float32
+    assert relative_error(found, a.double() @ b.double()) < 2 * ROUNDING[how]
+
+
+@pytest.mark.skipif(not has_bfloat16_units(), reason="no bfloat16 units")
+def test_only_the_product_of_what_is_rounded_off_is_left_out():
+    a, b = noise(300, 500), noise(500, 200)
+    exact = a.double() @ b.double()
+    errors = {how: relative_error(product(a, b, how), exact) for how in ROUNDING}
+    for how, error in errors.items():
+        assert error > ROUNDING[how] / 4, how
+
+
+def test_float32_and_other_dtypes_are_multiplied_as_they_are():
+    a, b = noise(20, 30), noise(30, 40)
+    assert torch.equal(product(a, b), a @ b)
+    for how in precision.PRECISIONS:
+        assert torch.equal(
+            product(a.double(), b.double(), how), a.double() @ b.double()
+        )
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A model large enough for every kind of product, and examples of sequences."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(5 * 64, 2))
+    return model, noise(80, 5, 64)
+
+
+@pytest.mark.parametrize("reduce", ["full", "trace", "margin"])
+@pytest.mark.parametrize("how", ROUNDING)
+def test_kernels_are_off_by_the_rounding_of_their_products(wide, how, reduce):
+    model, x = wide
+    exact = empirical_ntk(model, x, space=SPACES, reduce=reduce)
+    for implementation in ("factors", "jacobian"):
+        options = {"implementation": implementation, "precision": how}
+        found = empirical_ntk(model, x, space=SPACES, reduce=reduce, **options)
+        for name in SPACES:
+            assert relative_error(found[name], exact[name]) < 2 * ROUNDING[how]
+
+
+def test_planned_passes_keep_to_the_precision(wide):
+    model, x = wide
+    batches = [x[:40], x[40:]]
+    how = plan(model, batches, 2, spaces=SPACES)
+    found = compute_as_planned(model, batches, how, spaces=SPACES, precision="bf16")
+    whole = compute(model, batches, spaces=SPACES, precision="bf16")
+    exact = compute(model, batches, spaces=SPACES)
     for name in SPACES:
-        assert found[name].dtype is torch.float64
-        error = relative_error(found[name], expected[name])
-        assert rounding / 8 < error < 4 * rounding, (name, error / rounding)
+        assert torch.equal(found.kernels[name], whole.kernels[name])
+        same = torch.equal(found.kernels[name], exact.kernels[name])
+        assert same is not has_bfloat16_units()
 
 
-class Summed(torch.nn.Module):
-    """Adds up the outputs of a layer over positions."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 1, bias=False)
-        self.head = torch.nn.Linear(1, 1, bias=False)
-        torch.nn.init.ones_(self.head.weight)
-
-    def forward(self, x):
-        return self.head(self.layer(x)).float().sum(dim=1)
-
-
-def test_what_is_summed_is_float32():
-    """A sum of two thousand ones would stop at 256 in bfloat16."""
-    inputs = torch.ones(2, 2000, 2, dtype=torch.bfloat16)
-    spaces = {"rows": Rows(1), "columns": Columns(1), "full": Full()}
-    spaces = {name: space.at("layer") for name, space in spaces.items()}
-    found = empirical_ntk(Summed().bfloat16(), inputs, space=spaces)
-    assert found["rows"].flatten().tolist() == [2 * 2000.0**2] * 4
-    assert found["full"].flatten().tolist() == [2 * 2000.0**2] * 4
-    assert found["columns"].flatten().tolist() == [2000.0**2] * 4
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "must be one of"),
+        ({"precision": "tf32"}, "GPUs"),
+        ({"precision": "bf16", "implementation": "jvp"}, "never forms"),
+    ],
+)
+def test_what_would_not_be_heeded_is_refused(wide, options, message):
+    model, x = wide
+    with pytest.raises(ValueError, match=message):
+        compute(model, x, spaces=SPACES, **options)
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-def test_the_certificate_is_by_float32(dtype):
-    case = BY_NAME["llama"]
-    low, inputs = case.build().to(dtype), case.inputs(4)
-    batches = [inputs]
-    kernels = compute(low, batches, spaces=SPACES).kernels
-    judged = judge(low)
-    assert (judged is low) == (dtype is torch.float32)
-    assert {p.dtype for p in judged.parameters()} == {torch.float32}
-    found = certify(judged, batches, SPACES, kernels, kind="sgd", seed=0)
-    for entry in found.values():
-        assert entry["precision"] == "float32"
-        assert entry["relative_error"] < 8 * torch.finfo(dtype).eps
-        if dtype is not torch.float32:
-            assert entry["relative_error"] > torch.finfo(dtype).eps / 100
-    assert judge(low, room=10) is low
+def test_a_model_in_float64_is_refused():
+    case = BY_NAME["bert"]
+    model, inputs = case.build().double(), case.inputs()
+    with pytest.raises(ValueError, match="float64"):
+        compute(model, inputs, spaces=SPACES, precision="bf16")
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is absent")
-def test_a_causal_model_from_a_folder(tmp_path, capsys):
-    run = partial(exit_code, compare.main)
-    prompt = ["--template", "{a} She was {mask}", "--label-words", "big", "happy"]
-    size = ["--shots", "2", "--test-size", "3", "--rows", "1", "--max-length", "32"]
-    half = ["--dtype", "bfloat16", "--output", tmp_path, "--name", "half"]
-    assert run("--model", STORIES, *prompt, *size, *half) == 0
-    assert "in float32 (the model is in bfloat16)" in " ".join(
-        capsys.readouterr().out.split()
-    )
-    record = json.loads((tmp_path / "half" / "report.json").read_text())
-    assert record["model"]["dtype"] == "bfloat16"
-    errors = [s["certificate"]["relative_error"] for s in record["spaces"]]
-    assert 1e-4 < max(errors) < 0.05
+def test_the_command_says_what_it_costs(tmp_path, capsys):
+    run = partial(exit_code, compare.main, "--shots", 8, "--test-size", 8, "--quiet")
+    folder = tmp_path / "out"
+    assert run("--precision", "bf16x3", "--output", folder) == 0
+    (record,) = (json.loads(f.read_text()) for f in folder.glob("*/*.json"))
+    assert record["kernel"]["precision"] == "bf16x3"
+    assert run("--precision", "tf32", "--output", folder) == 2
+    assert "GPUs" in capsys.readouterr().err
