@@ -72,7 +72,8 @@ def test_ridge_solves_the_normal_equations(n, strength, reduction):
     J, f0 = dense(model, x), model(x).detach()
     r, rho = (y - f0).flatten(), 1 / n if reduction == "mean" else 1.0
     if strength:
-        curvature = 2 * rho * J.T @ J + strength * torch.eye(J.shape[1])
+        identity = torch.eye(J.shape[1], dtype=J.dtype)
+        curvature = 2 * rho * J.T @ J + strength * identity
         delta = torch.linalg.solve(curvature, 2 * rho * J.T @ r)
     else:
         delta = torch.linalg.pinv(J, rtol=1e-12) @ r
