@@ -295,7 +295,7 @@ def test_corrected_bounds_hold_at_the_minimisers(
     constants = small.constants([small.start + s * d for s in np.linspace(0.05, 1, 20)])
     J0, f0 = small.jacobian(small.start), small.f(small.start)
     r0, ridge = small.y - f0, strength / (2 * scale)
-    system = J0 @ J0.T + ridge * torch.eye(examples)
+    system = J0 @ J0.T + ridge * torch.eye(examples, dtype=J0.dtype)
     linear = J0.T @ torch.linalg.solve(system, r0)
     for stop in (1.0, 0.3):
         # At the minimiser, and at a point where the objective still has a gradient.
