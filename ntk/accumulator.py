@@ -32,6 +32,7 @@ class Accumulator:
         self._sums: dict[str, Tensor] = {}
         self._waiting: list[Tensor] = []
         self._holders: list[Sequence[str]] = []
+        self._entries = 0
         self._added: list[tuple[str, Sequence[Sequence[str]]]] = []
         self._traces: list[Tensor] = []
 
@@ -45,7 +46,8 @@ class Accumulator:
         """
         self._waiting.append(grams)
         self._holders += holders
-        if sum(map(len, self._holders)) * grams[0].numel() > WAITING:
+        self._entries += sum(map(len, holders)) * grams[0].numel()
+        if self._entries > WAITING:
             self._add_up()
         if self.traced:
             self._added.append((name, holders))
@@ -55,7 +57,7 @@ class Accumulator:
     def _add_up(self) -> None:
         """Add what waits to the sums."""
         waiting, holders = self._waiting, self._holders
-        self._waiting, self._holders = [], []
+        self._waiting, self._holders, self._entries = [], [], 0
         if len(waiting) < 2:
             # Large ones perhaps, of which no copies are made.
             for grams in waiting:

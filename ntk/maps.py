@@ -21,7 +21,7 @@ keeps what they need of x, `add` adds those of g.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
 
@@ -51,8 +51,25 @@ class Whole:
         return weight + delta.view_as(weight)
 
 
+class _HashedOnce:
+    """A map that is looked up at every gradient."""
+
+    @cached_property
+    def _hash(self) -> int:
+        own = fields(self)  # type: ignore[arg-type]
+        return hash(tuple(getattr(self, field.name) for field in own))
+
+    def kept_hash(self) -> int:
+        """Return the hash of the fields; `dataclass` would make another of its own."""
+        return self._hash
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the hash behind: that of a text differs between processes."""
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
+
+
 @dataclass(frozen=True)
-class Slices:
+class Slices(_HashedOnce):
     """Some rows and columns of a linear weight, an entry in both counted once.
 
     Attributes:
@@ -69,13 +86,7 @@ class Slices:
     columns: tuple[int, ...]
     rescale: bool = False
 
-    def __hash__(self) -> int:
-        """Hash once: maps are looked up at every gradient."""
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.of, self.rows, self.columns, self.rescale))
+    __hash__ = _HashedOnce.kept_hash
 
     @cached_property
     def _row_places(self) -> slice | Tensor:
@@ -170,7 +181,7 @@ class Slices:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_HashedOnce):
     """The B of a LoRA pair at initialisation: ``W + s B A`` with B = 0.
 
     A is drawn as peft draws it, uniform in ``+-1 / sqrt(inputs)``. Its own gradient is
@@ -191,13 +202,7 @@ class LowRank:
     scaling: float
     rescale: bool = False
 
-    def __hash__(self) -> int:
-        """Hash once: maps are looked up at every gradient."""
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.of, self.rank, self.seed, self.scaling, self.rescale))
+    __hash__ = _HashedOnce.kept_hash
 
     @cached_property
     def down(self) -> Tensor:
@@ -229,7 +234,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class InputSide:
+class InputSide(_HashedOnce):
     """Columns and LoRA pairs of one weight side by side: what reads x by few features.
 
     Its features are q by outputs: those of the columns, then those of every pair.
@@ -244,13 +249,7 @@ class InputSide:
     columns: tuple[int, ...]
     pairs: tuple[LowRank, ...]
 
-    def __hash__(self) -> int:
-        """Hash once: maps are looked up at every gradient."""
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.of, self.columns, self.pairs))
+    __hash__ = _HashedOnce.kept_hash
 
     @cached_property
     def _column_places(self) -> slice | Tensor:

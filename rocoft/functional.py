@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+_Span = tuple[int, int] | None
+
 
 @dataclass(frozen=True)
 class Index:
@@ -25,10 +27,7 @@ class Index:
     """
 
     values: Tensor
-    span: tuple[int, int] | None = None
-
-
-_Span = tuple[int, int] | None
+    span: _Span = None
 
 
 @dataclass(frozen=True)

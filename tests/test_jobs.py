@@ -1,5 +1,9 @@
 """Spaces that share a weight's contraction against each of them computed alone."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import BY_NAME
@@ -110,3 +114,19 @@ def test_rescaled_spaces_together_are_exact_in_float64():
         alone = compute(model, inputs, spaces={name: space}).kernels[name]
         error = (together[name] - alone).norm() / alone.norm()
         assert error < 1e-13
+
+
+def test_maps_from_another_process_are_the_same():
+    """Each process hashes text in its own way, and plans travel between them."""
+    model = BY_NAME["bert"].build()
+    mine = (Rows(2) + Columns(1) + LoRA(2)).maps(model)
+    code = "import pickle, sys; maps = pickle.load(sys.stdin.buffer); "
+    code += "keys = {each for several in maps.values() for each in several}; "
+    code += "sys.stdout.buffer.write(pickle.dumps(maps))"
+    command = [sys.executable, "-c", code]
+    there = subprocess.run(
+        command, input=pickle.dumps(mine), stdout=subprocess.PIPE, check=True
+    )
+    theirs = pickle.loads(there.stdout)
+    for name, several in mine.items():
+        assert set(theirs[name]) == set(several), name
