@@ -9,31 +9,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ntk.contraction import SMALL_PRODUCT, Contraction
+
 WAITING = 2**20
 """Entries of small Gram matrices that wait to be added up together."""
+WAITING_FEATURES = 2**17
+"""Entries of features that wait to be contracted with others of their shape."""
 
 
 class Accumulator:
     """Adds up the Gram matrices of several spaces in float64.
 
-    Small ones wait for others: a sum costs much more to call than to make.
+    Small ones wait for others, and so do small features: a sum or a product of theirs
+    costs much more to call than to make.
 
     Args:
         spaces: Their names.
         n: Number of left examples.
         m: Number of right examples.
+        how: The contraction of features.
         traced: Whether the right examples are the left ones, so that there is a trace.
     """
 
-    def __init__(self, spaces: Sequence[str], n: int, m: int, *, traced: bool) -> None:
+    def __init__(
+        self, spaces: Sequence[str], n: int, m: int, how: Contraction, *, traced: bool
+    ) -> None:
         self.spaces = spaces
+        self.how = how
         self.n, self.m = n, m
         self.traced = traced
         self._sums: dict[str, Tensor] = {}
+        self._features: dict[tuple[torch.Size, torch.Size], list[_Features]] = {}
         self._waiting: list[Tensor] = []
         self._holders: list[Sequence[str]] = []
         self._entries = 0
-        self._added: list[tuple[str, Sequence[Sequence[str]]]] = []
+        self._added: list[tuple[str, Sequence[str]]] = []
         self._traces: list[Tensor] = []
 
     def add(self, name: str, holders: Sequence[Sequence[str]], grams: Tensor) -> None:
@@ -44,13 +54,47 @@ class Accumulator:
             holders: For each Gram matrix the spaces that it belongs to.
             grams: ``(k, c n, c m)``, or ``(k, n, m)`` if outputs are summed over.
         """
+        self._take([name] * len(holders), holders, grams)
+
+    def add_features(
+        self, name: str, spaces: Sequence[str], left: Tensor, right: Tensor
+    ) -> None:
+        """Add the Gram matrix of one parameter's features, now or with others.
+
+        Args:
+            name: The parameter.
+            spaces: Those that it belongs to.
+            left: ``(c, n, p)``.
+            right: ``(c, m, p)``; the same object if they are the same.
+        """
+        most = max(left[..., 0].numel(), right[..., 0].numel())
+        if left.numel() + right.numel() > WAITING_FEATURES or most > SMALL_PRODUCT:
+            self.add(name, [spaces], self.how.gram(left, right)[None])
+            return
+        shapes = left.shape, right.shape
+        self._features.setdefault(shapes, []).append((name, spaces, left, right))
+
+    def _contract(self) -> None:
+        """Contract the features that wait."""
+        waiting, self._features = self._features, {}
+        for several in waiting.values():
+            names, holders, left, right = zip(*several, strict=True)
+            a = torch.stack(left)
+            same = all(x is y for x, y in zip(left, right, strict=True))
+            b = a if same else torch.stack(right)
+            self._take(names, holders, self.how.grams(a, b))
+
+    def _take(
+        self, names: Sequence[str], holders: Sequence[Sequence[str]], grams: Tensor
+    ) -> None:
+        """Take Gram matrices, each of a parameter and for some spaces."""
         self._waiting.append(grams)
         self._holders += holders
         self._entries += sum(map(len, holders)) * grams[0].numel()
         if self._entries > WAITING:
             self._add_up()
         if self.traced:
-            self._added.append((name, holders))
+            self._added += zip(names, holders, strict=True)
             same = grams.diagonal(dim1=1, dim2=2)
             self._traces.append(same.sum(dim=1, dtype=torch.float64))
 
@@ -90,6 +134,7 @@ class Accumulator:
         Returns:
             For each space ``(c n, c m)`` or ``(n, m)`` in float64.
         """
+        self._contract()
         self._add_up()
         shape = (outputs * self.n, outputs * self.m)
         for space in self.spaces:
@@ -99,13 +144,17 @@ class Accumulator:
 
     def traces(self) -> dict[str, dict[str, float]]:
         """Return, for each space, what each parameter adds to the trace."""
+        self._contract()
         found: dict[str, dict[str, float]] = {space: {} for space in self.spaces}
         values = torch.cat(self._traces).tolist() if self._traces else []
-        held = [(name, spaces) for name, each in self._added for spaces in each]
-        for (name, spaces), value in zip(held, values, strict=True):
+        for (name, spaces), value in zip(self._added, values, strict=True):
             for space in spaces:
                 found[space][name] = found[space].get(name, 0.0) + value
         return found
+
+
+_Features = tuple[str, Sequence[str], Tensor, Tensor]
+"""A parameter, the spaces that it belongs to, its left and its right features."""
 
 
 def joined(

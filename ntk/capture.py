@@ -334,13 +334,13 @@ def backward(outputs: Tensor, recorder: Recorder, receive: Receiver) -> None:
     waiting: set[int] = set()
 
     def deliver(number: int, k: int, gradient: Tensor | None) -> None:
+        # In a hook autograd records nothing anyway.
         waiting.discard(number)
-        with torch.no_grad():
-            for use in recorder.watched[number]:
-                if use.name not in recorder.unserved:
-                    recorder.routed = use.routed
-                    h = use.zero() if gradient is None else gradient
-                    receive(use, k, use.factor(h))
+        for use in recorder.watched[number]:
+            if use.name not in recorder.unserved:
+                recorder.routed = use.routed
+                h = use.zero() if gradient is None else gradient
+                receive(use, k, use.factor(h))
 
     c = outputs.shape[1]
     try:
@@ -357,8 +357,9 @@ def backward(outputs: Tensor, recorder: Recorder, receive: Receiver) -> None:
                     retain_graph=k + 1 < c,
                     allow_unused=True,
                 )
-            for number in sorted(waiting):
-                deliver(number, k, None)
+            with torch.no_grad():
+                for number in sorted(waiting):
+                    deliver(number, k, None)
     finally:
         recorder.release()
 

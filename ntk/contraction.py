@@ -96,6 +96,22 @@ class Contraction:
         pairs = zip(left, right, strict=True)
         return torch.stack([product(a, b.T, self.precision) for a, b in pairs]).sum(0)
 
+    def grams(self, left: Tensor, right: Tensor) -> Tensor:
+        """Contract several features at once, which small ones are quicker by.
+
+        Args:
+            left: ``(k, c, n, p)``.
+            right: ``(k, c, m, p)``.
+
+        Returns:
+            ``(k, c n, c m)``, or ``(k, n, m)`` if not coupled.
+        """
+        left, right = self.transformed(left, right)
+        if self.coupled:
+            a, b = left.flatten(1, 2), right.flatten(1, 2)
+            return product(a, b.transpose(1, 2), self.precision)
+        return product(left, right.transpose(2, 3), self.precision).sum(dim=1)
+
 
 def gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor:
     """Return the Gram matrix of whole gradients of one parameter.

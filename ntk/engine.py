@@ -172,7 +172,7 @@ class Engine:
         counter = Counter("passes", total * max(1, len(kinds)), self.progress)
         spaces = list(self.maps)
         sums = []
-        square = Accumulator(spaces, examples, examples, traced=True)
+        square = Accumulator(spaces, examples, examples, self.how, traced=True)
         # With one batch nothing has to wait for the others' gradients.
         alone = self.prefix and not further and len(self.right) == 1
         right = self._store(self.right, verdicts, counter, square if alone else None)
@@ -186,7 +186,7 @@ class Engine:
         for i, group in enumerate(parts):
             left = self._store(group, verdicts, counter)
             n = sum(map(batch_length, group))
-            sums.append(Accumulator(spaces, n, examples, traced=False))
+            sums.append(Accumulator(spaces, n, examples, self.how, traced=False))
             last = i == len(parts) - 1
             self._contract(sums[-1], left, right, counted, last=last)
         like = next(iter(self.function.parameters.values()))
@@ -267,6 +267,11 @@ class Engine:
     def _add(self, sums: Accumulator, key: Key, left: Stored, right: Stored) -> None:
         """Add the Gram matrices of one job to the spaces that hold its maps."""
         job = self.jobs[key]
+        if job.alone and isinstance(left, Tensor) and isinstance(right, Tensor):
+            a = job.contracted(left)
+            b = a if left is right else job.contracted(right)
+            sums.add_features(job.name, job.members[job.alone], a, b)
+            return
         maps, grams = self._grams(job, left, right)
         sums.add(job.name, [job.members[each] for each in maps], grams)
 

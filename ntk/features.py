@@ -1,8 +1,10 @@
 """What the passes over one side leave: features of maps, factors of whole weights.
 
 Gradients arrive weight by weight from the last layer to the first, one output of the
-model after another. A map's features are made of each at once; only the factors of
-parameters that are wanted whole are kept.
+model after another. A map's features are made of each at once, unless what they need of
+a gradient is little, or is kept anyway because the parameter is wanted whole: then they
+are made when the gradients of all outputs are there, so that the layer's input is read
+from memory once and features need not wait for the next backward pass.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -48,6 +50,11 @@ class Features:
         self.n = n
         self.store = store
         self.ready = ready
+        self._wholes = {
+            name
+            for name, maps in wanted.items()
+            if any(self._kept_whole(name, each) for each in maps)
+        }
         self.features: dict[Key, Tensor] = {}
         self.factors: dict[Key, list[list[Factor]]] = {}
         self._place = slice(0, 0)
@@ -55,6 +62,7 @@ class Features:
         self._uses: dict[str, list[Use]] = {}
         self._missing: dict[str, int] = {}
         self._whole: dict[int, list[Factor]] = {}
+        self._waiting: dict[tuple[int, Map], tuple[Tensor, list[Tensor]]] = {}
         self._kept: dict[tuple[int, Map], tuple[Tensor, ...]] = {}
         self._written: set[tuple[Key, int]] = set()
 
@@ -94,7 +102,7 @@ class Features:
                 assert isinstance(each, Slices | InputSide | Sketch)
                 self._add(use, each, k, factor)
         self._missing[name] -= 1
-        if not self._missing[name] and self.ready is not None:
+        if not self._missing[name]:
             self._close(name)
 
     def end(self) -> None:
@@ -119,11 +127,11 @@ class Features:
                 whole = self.factors.setdefault(key, [])
                 whole.append(arrived or [self._nothing(name)])
             else:
+                for use in uses:
+                    self._add_waiting(use, each)
                 for k in range(self._outputs):
                     if (key, k) not in self._written:
                         self._room(key)[k, self._place] = 0
-                for use in uses:
-                    self._kept.pop((id(use), each), None)
             if self.ready is not None:
                 if key in self.factors:
                     self.ready(key, self._small(key))
@@ -146,29 +154,57 @@ class Features:
     def _add(
         self, use: Use, each: Slices | InputSide | Sketch, k: int, factor: Factor
     ) -> None:
-        key, shape = (use.name, each), self.parameters[use.name].shape
-        first = (key, k) not in self._written
-        self._written.add((key, k))
+        """Make what output k adds to the features, or keep what it takes to make it."""
         if (
             isinstance(factor, Matrix)
             and factor.rows is None
             and factor.output_dim == each.of.output_dim
         ):
             (g,) = factor.g
-            room = self._room(key, g.dtype)
-            g, out = g.to(room), room[k, self._place]
+            if each.picks_few or use.name in self._wholes:
+                _, arrived = self._waiting.setdefault((id(use), each), (factor.x, []))
+                arrived.append(each.pick(g))
+                return
             if (kept := self._kept.get((id(use), each))) is None:
-                kept = self._kept[id(use), each] = each.prepare(factor.x.to(room))
-            each.add(g, kept, out, first=first)
+                x = factor.x.to(self._room((use.name, each), g.dtype))
+                kept = self._kept[id(use), each] = each.prepare(x)
+            self._add_made(use.name, each, k, kept, each.pick(g))
             return
         # Used otherwise than as the layer that owns it uses it.
+        key, shape = (use.name, each), self.parameters[use.name].shape
         gradient = dense([factor], shape).unflatten(2, shape)
         turned = gradient if each.of.output_dim == 0 else gradient.transpose(2, 3)
         out = self._room(key, gradient.dtype)[k, self._place]
-        if first:
-            out.copy_(each.of_gradient(turned)[0])
-        else:
+        if (key, k) in self._written:
             out += each.of_gradient(turned)[0]
+        else:
+            self._written.add((key, k))
+            out.copy_(each.of_gradient(turned)[0])
+
+    def _add_waiting(self, use: Use, each: Map) -> None:
+        """Make the features of a use whose gradients were kept until all arrived."""
+        self._kept.pop((id(use), each), None)
+        if (id(use), each) not in self._waiting:
+            return
+        assert isinstance(each, Slices | InputSide | Sketch)
+        x, arrived = self._waiting.pop((id(use), each))
+        kept = each.prepare(x.to(self._room((use.name, each), arrived[0].dtype)))
+        for k, g in enumerate(arrived):
+            self._add_made(use.name, each, k, kept, g)
+
+    def _add_made(
+        self,
+        name: str,
+        each: Slices | InputSide | Sketch,
+        k: int,
+        kept: tuple[Tensor, ...],
+        g: Tensor,
+    ) -> None:
+        key = (name, each)
+        room = self._room(key, g.dtype)
+        first = (key, k) not in self._written
+        self._written.add((key, k))
+        each.add(g.to(room), kept, room[k, self._place], first=first)
 
     def _room(self, key: Key, dtype: torch.dtype | None = None) -> Tensor:
         """Return the features of a map, made when first asked for.

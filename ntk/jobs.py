@@ -17,7 +17,6 @@ from torch import Tensor
 from ntk.contraction import Contraction
 from ntk.jacobian import Key
 from ntk.maps import InputSide, LowRank, Map, Maps, Slices
-from ntk.precision import product
 
 SLICE_ENTRIES = 2**25
 """Entries of the Gram matrices of slices held at a time."""
@@ -42,11 +41,34 @@ class Job:
         """The parameter and the stored map."""
         return self.name, self.stored
 
-    def _has_overlap(self) -> bool:
-        """Whether a member is columns less what its rows hold."""
-        return isinstance(self.stored, InputSide) and any(
-            isinstance(each, Slices) and each.rows for each in self.members
-        )
+    @cached_property
+    def alone(self) -> Map | None:
+        """The member if it is one whose coordinates all weigh one, else None."""
+        (each, *others) = self.members
+        return None if others or each.weights() is not None else each
+
+    @cached_property
+    def _held_by_rows(self) -> Tensor | None:
+        """The rows of a lone member that is columns less what its rows hold."""
+        (each, *others) = self.members
+        if others or not isinstance(self.stored, InputSide):
+            return None
+        rows = each.rows if isinstance(each, Slices) else ()
+        return torch.tensor(rows) if rows else None
+
+    def contracted(self, features: Tensor) -> Tensor:
+        """Return stored features of a lone member as they are contracted.
+
+        Args:
+            features: ``(c, n, p)``.
+        """
+        if self._held_by_rows is None:
+            return features
+        assert isinstance(self.stored, InputSide)
+        index = self._held_by_rows.to(features.device)
+        # In place: no other member reads them, and what is zero stays zero.
+        by_input = features.unflatten(2, (-1, self.stored.of.outputs))
+        return by_input.index_fill_(3, index, 0).flatten(2)
 
     @cached_property
     def _selected(self) -> Tensor:
@@ -74,11 +96,8 @@ class Job:
         """
         if len(self.members) == 1:
             (each,) = self.members
-            a, b = left, right
-            if self._has_overlap():
-                assert isinstance(each, Slices)
-                a = _without(each.rows, left, each.of.outputs)
-                b = a if left is right else _without(each.rows, right, each.of.outputs)
+            a = self.contracted(left)
+            b = a if left is right else self.contracted(right)
             return [each], how.gram(a, b, each.weights())[None]
         assert isinstance(self.stored, Slices | InputSide)
         members = list(self.members)
@@ -183,12 +202,6 @@ def _inputs_of(stored: InputSide, members: Sequence[Map]) -> list[list[float]]:
     return selected
 
 
-def _without(rows: Sequence[int], features: Tensor, outputs: int) -> Tensor:
-    """Return features ``(c, n, q outputs)`` that are zero at some output features."""
-    index = torch.tensor(rows, device=features.device)
-    return features.unflatten(2, (-1, outputs)).index_fill(3, index, 0).flatten(2)
-
-
 def _overlap(
     each: Slices, stored: InputSide, left: Tensor, right: Tensor, how: Contraction
 ) -> Tensor:
@@ -223,14 +236,6 @@ def _slice_grams(
     total = left.new_zeros(len(selected), rows * columns)
     step = max(1, SLICE_ENTRIES // (rows * columns))
     for start in range(0, len(a), step):
-        grams = _batched_gram(a[start : start + step], b[start : start + step], how)
+        grams = how.grams(a[start : start + step], b[start : start + step])
         total.addmm_(selected[:, start : start + step], grams.flatten(1))
     return total.view(len(selected), rows, columns)
-
-
-def _batched_gram(left: Tensor, right: Tensor, how: Contraction) -> Tensor:
-    left, right = how.transformed(left, right)
-    if how.coupled:
-        a, b = left.flatten(1, 2), right.flatten(1, 2)
-        return product(a, b.transpose(1, 2), how.precision)
-    return product(left, right.transpose(2, 3), how.precision).sum(dim=1)

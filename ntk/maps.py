@@ -15,8 +15,9 @@ input and g the gradient with respect to its output. A map also says how coordin
 delta move the weight (`shift`), which is what the definition in `jacobian`
 differentiates: features and coordinates are adjoint to each other.
 
-Features are made as gradients arrive, one output of the model at a time: `prepare`
-keeps what they need of x, `add` adds those of g.
+Features are made of one output's gradients at a time: `prepare` keeps what they need of
+x, `pick` what they need of g, `add` adds what both make. Where `picks_few` that is so
+little of g that it can wait until the gradients of all outputs are there.
 """
 
 import zlib
@@ -26,6 +27,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from rocoft.architecture import LinearWeight
@@ -127,9 +129,21 @@ class Slices(_HashedOnce):
         by_column = (1 / odds)[list(self.other_rows)]
         return torch.cat([by_row, by_column.repeat_interleave(len(self.columns))])
 
+    @property
+    def picks_few(self) -> bool:
+        """Whether `pick` returns but a small part of a gradient."""
+        return not self.columns
+
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what `add` needs of the layer's input ``(n, t, inputs)``."""
         return (x, _pick(x, self._column_places)) if self.columns else (x,)
+
+    def pick(self, g: Tensor) -> Tensor:
+        """Return what `add` needs of one output's gradients ``(n, t, outputs)``.
+
+        Of rows alone those, and a copy that lets go of the others.
+        """
+        return _pick(g, self._row_places).contiguous() if self.picks_few else g
 
     def add(
         self, g: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, first: bool
@@ -137,7 +151,7 @@ class Slices(_HashedOnce):
         """Add the features of one output to ``out``, or write them there.
 
         Args:
-            g: ``(n, t, outputs)`` gradients with respect to the layer's output.
+            g: What `pick` returned.
             kept: What `prepare` returned.
             out: ``(n, size)``.
             first: Whether ``out`` holds nothing yet.
@@ -145,8 +159,8 @@ class Slices(_HashedOnce):
         cut = len(self.rows) * self.of.inputs
         if self.rows:
             by_row = out[:, :cut].view(len(g), len(self.rows), self.of.inputs)
-            chosen = _pick(g, self._row_places).transpose(1, 2)
-            _add_product(chosen, kept[0], by_row, first)
+            chosen = g if self.picks_few else _pick(g, self._row_places)
+            _add_product(chosen.transpose(1, 2), kept[0], by_row, first)
         if self.columns:
             # Dropping rows of the small product, not of all gradients; a product of few
             # rows is faster than one of few columns.
@@ -277,18 +291,19 @@ class InputSide(_HashedOnce):
         """Return None: the columns and pairs have weights of their own."""
         return None
 
+    picks_few = False
+
+    def pick(self, g: Tensor) -> Tensor:
+        """Return the gradients themselves: all of them are needed."""
+        return g
+
     def prepare(self, x: Tensor) -> tuple[Tensor]:
         """Return the q features ``(n, q, t)`` of the input ``(n, t, inputs)``."""
-        turned = x.flatten(0, 1).T
-        if isinstance(self._column_places, slice):
-            parts = [turned[self._column_places]] if self.columns else []
-        else:
-            parts = [turned.index_select(0, self._column_places.to(x.device))]
+        parts = [_pick(x, self._column_places)] if self.columns else []
         if self.pairs:
-            # Few rows times many take a third of the time of many times few.
-            parts.append(self.down.to(x) @ turned)
-        features = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return (features.unflatten(1, x.shape[:2]).transpose(0, 1),)
+            parts.append(F.linear(x, self.down.to(x)))
+        features = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return (features.transpose(1, 2),)
 
     def add(
         self, g: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, first: bool
@@ -360,6 +375,12 @@ class Sketch:
     def weights(self) -> Tensor | None:
         """Return the weight of each coordinate in the kernel, None for one."""
         return None
+
+    picks_few = False
+
+    def pick(self, g: Tensor) -> Tensor:
+        """Return the gradients themselves: all of them are needed."""
+        return g
 
     def prepare(self, x: Tensor) -> tuple[Tensor]:
         """Return the input itself: its transforms are larger, and quick to make."""

@@ -131,6 +131,8 @@ def bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, 
 
 def _positions(value: Tensor) -> Tensor:
     """Return ``(n, ..., d)`` as ``(n, t, d)``."""
+    if value.ndim == 3:
+        return value
     return value.reshape(len(value), -1, value.shape[-1])
 
 
@@ -165,18 +167,21 @@ def _vector(
         raise NotByExampleError("its transpose is added or multiplied")
     if observer.examples > 1 and len(shape) == output.ndim and shape[0] != 1:
         raise NotByExampleError("it has the shape of a batch")
-    observer.by_example(output.detach())
-
     whole_shape = output.shape
+    ndim = observer.by_example(output.detach()).ndim
+    padded = (1,) * (ndim - len(shape)) + tuple(shape)
+    axes = [i for i in range(1, ndim) if padded[i] == 1]
 
     def reduced(gradient: Tensor) -> Tensor:
         product = gradient if factor is None else gradient * factor
-        product = observer.by_example(product.expand(whole_shape))
+        if product.shape != whole_shape:
+            product = product.expand(whole_shape)
+        product = observer.by_example(product)
         if channel is not None:
             product = product.movedim(channel + (observer.examples == 1), -1)
-        padded = (1,) * (product.ndim - len(shape)) + tuple(shape)
-        axes = [i for i in range(1, product.ndim) if padded[i] == 1]
-        total = (product.sum(dim=axes) if axes else product).reshape(len(product), -1)
+        total = product.sum(dim=axes) if axes else product
+        if total.ndim != 2:
+            total = total.reshape(len(total), -1)
         if alias.rows is None:
             return total
         whole = total.new_zeros(

@@ -132,7 +132,8 @@ class ShardedEngine(Engine):
     ) -> dict[int, Accumulator]:
         rank, spaces = self.processes.rank, list(self.maps)
         return {
-            b: Accumulator(spaces, n, lengths[b], traced=b == rank) for b in sources
+            b: Accumulator(spaces, n, lengths[b], self.how, traced=b == rank)
+            for b in sources
         }
 
     def _exchange(
