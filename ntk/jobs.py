@@ -48,13 +48,12 @@ class Job:
         return None if others or each.weights() is not None else each
 
     @cached_property
-    def _held_by_rows(self) -> Tensor | None:
+    def _held_by_rows(self) -> slice | Tensor | None:
         """The rows of a lone member that is columns less what its rows hold."""
         (each, *others) = self.members
         if others or not isinstance(self.stored, InputSide):
             return None
-        rows = each.rows if isinstance(each, Slices) else ()
-        return torch.tensor(rows) if rows else None
+        return each.row_places if isinstance(each, Slices) and each.rows else None
 
     def contracted(self, features: Tensor) -> Tensor:
         """Return stored features of a lone member as they are contracted.
@@ -65,10 +64,10 @@ class Job:
         if self._held_by_rows is None:
             return features
         assert isinstance(self.stored, InputSide)
-        index = self._held_by_rows.to(features.device)
         # In place: no other member reads them, and what is zero stays zero.
         by_input = features.unflatten(2, (-1, self.stored.of.outputs))
-        return by_input.index_fill_(3, index, 0).flatten(2)
+        by_input[..., self._held_by_rows] = 0
+        return features
 
     @cached_property
     def _selected(self) -> Tensor:

@@ -91,7 +91,8 @@ class Slices(_HashedOnce):
     __hash__ = _HashedOnce.kept_hash
 
     @cached_property
-    def _row_places(self) -> slice | Tensor:
+    def row_places(self) -> slice | Tensor:
+        """The rows as an index, a slice if they follow each other."""
         return _places(self.rows)
 
     @cached_property
@@ -143,7 +144,7 @@ class Slices(_HashedOnce):
 
         Of rows alone those, and a copy that lets go of the others.
         """
-        return _pick(g, self._row_places).contiguous() if self.picks_few else g
+        return _pick(g, self.row_places).contiguous() if self.picks_few else g
 
     def add(
         self, g: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, first: bool
@@ -159,7 +160,7 @@ class Slices(_HashedOnce):
         cut = len(self.rows) * self.of.inputs
         if self.rows:
             by_row = out[:, :cut].view(len(g), len(self.rows), self.of.inputs)
-            chosen = g if self.picks_few else _pick(g, self._row_places)
+            chosen = g if self.picks_few else _pick(g, self.row_places)
             _add_product(chosen.transpose(1, 2), kept[0], by_row, first)
         if self.columns:
             # Dropping rows of the small product, not of all gradients; a product of few
