@@ -13,6 +13,7 @@ from ntk.classifiers import (
     KernelSVC,
 )
 from ntk.distance import alignment, cka, cosine, relative_difference, subspace_overlap
+from ntk.importance import sampled_ntk
 from ntk.kernel import empirical_ntk, gram_matrix
 from ntk.notation import parse_space
 from ntk.spaces import Bias, Columns, Embeddings, Full, Head, LoRA, Norm, Rows
@@ -34,6 +35,7 @@ __all__ = [
     # kernels
     "empirical_ntk",
     "sketched_ntk",
+    "sampled_ntk",
     "gram_matrix",
     "save_kernels",
     "load_kernels",

@@ -6,25 +6,34 @@ weight, example and output, whatever the size of the weight. Its kernel is a Gra
 matrix, and so positive semi-definite.
 
 The s numbers are those of several independent sketches. Each has a kernel of its own;
-the estimate is their mean, and their spread says how far it is from the truth.
+the estimate is their mean, and their spread says how far it is from the truth. So it is
+with other estimates of whole weights (`importance`).
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Self, overload
 
 import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from ntk.function import Inputs, Readout
-from ntk.kernel import Reduction, compute
+from ntk.function import Batch, Inputs, Readout
+from ntk.kernel import Kind, Reduction, compute
 from ntk.maps import Maps, Sketch, Whole
 from ntk.spaces import Full, Space
-from rocoft.architecture import Architecture
+from rocoft.architecture import Architecture, LinearWeight
 from rocoft.console import Progress
 
-__all__ = ["ApproximateKernel", "Sketched", "Sketches", "sketched_ntk"]
+__all__ = [
+    "ApproximateKernel",
+    "Estimator",
+    "Sketched",
+    "Sketches",
+    "estimated",
+    "sketched_ntk",
+    "whole_weights",
+]
 
 REPLICATES = 8
 
@@ -60,19 +69,37 @@ class Sketched(Space):
     def maps(self, model: nn.Module | Architecture) -> Maps:
         """Resolve the space and replace whole weights by their projections."""
         known = model if isinstance(model, Architecture) else Architecture(model)
-        exact = {*known.embeddings, *known.head}
-        found: Maps = {}
-        for name, maps in self.space.maps(known).items():
-            of = known.linear_weights.get(name)
-            if (
-                of is not None
-                and name not in exact
-                and self.entries < known.parameters[name].numel()
-            ):
+        found = dict(self.space.maps(known))
+        for name, of in whole_weights(found, known).items():
+            if self.entries < known.parameters[name].numel():
                 sketch = Sketch(of, self.entries, self.seed)
-                maps = tuple(sketch if isinstance(m, Whole) else m for m in maps)
-            found[name] = maps
+                found[name] = tuple(
+                    sketch if isinstance(m, Whole) else m for m in found[name]
+                )
         return found
+
+
+def whole_weights(maps: Maps, known: Architecture) -> dict[str, LinearWeight]:
+    """Return the linear weights that are wanted whole, which are worth estimating.
+
+    Tables that tokens are looked up in are left out, of whose rows few are used, and
+    the head.
+
+    Args:
+        maps: Of a space.
+        known: The model that they are of.
+
+    Returns:
+        The weights by parameter name.
+    """
+    exact = {*known.embeddings, *known.head}
+    return {
+        name: of
+        for name, several in maps.items()
+        if (of := known.linear_weights.get(name)) is not None
+        and name not in exact
+        and any(isinstance(each, Whole) for each in several)
+    }
 
 
 @dataclass(frozen=True)
@@ -82,14 +109,16 @@ class ApproximateKernel:
     Attributes:
         kernel: ``(n, m, c, d)`` or ``(n, m)``, in float64.
         standard_error: Of each entry, in the same shape.
-        entries: Numbers that were kept of each large weight, example and output.
+        entries: How many numbers, rows or columns were kept of each large weight.
         replicates: Independent estimates that the kernel is the mean of.
+        unit: What these are: ``"numbers"``, ``"rows"`` or ``"columns"``.
     """
 
     kernel: Tensor
     standard_error: Tensor
     entries: int
     replicates: int
+    unit: str = "numbers"
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return bounds that each entry of the exact kernel is within, so often.
@@ -123,14 +152,13 @@ class ApproximateKernel:
 
 
 @dataclass(frozen=True)
-class Sketches:
-    """How whole weights are sketched, and the way from kernels of it to an estimate.
+class Estimator:
+    """How whole weights are estimated, and the way from kernels of it to an estimate.
 
     Attributes:
-        entries: Numbers kept of each weight, example and output, of all replicates
-            together.
-        replicates: Independent sketches that share them, at least 2.
-        seed: Of the projections.
+        entries: Of each weight, example and output, of all replicates together.
+        replicates: Independent estimates that share them, at least 2.
+        seed: Of what is drawn.
     """
 
     entries: int = 4096
@@ -146,9 +174,42 @@ class Sketches:
         if self.entries < self.replicates or self.entries % self.replicates:
             near = self.replicates * max(1, round(self.entries / self.replicates))
             raise ValueError(
-                f"entries={self.entries} must be a multiple of "
+                f"{self.unit}={self.entries} must be a multiple of "
                 f"replicates={self.replicates}, such as {near}."
             )
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "entries"
+
+    def fitted(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        *,
+        spaces: Iterable[Space],
+        outputs: Readout | None = None,
+    ) -> Self:
+        """Return it with what it needs to know of the model on some examples.
+
+        Args:
+            model: The model.
+            batches: The examples.
+            spaces: What is estimated.
+            outputs: As in `kernel.empirical_ntk`.
+        """
+        return self
+
+    def replicate(self, space: Space, entries: int, seed: int) -> Space:
+        """Return a space whose kernel estimates that of another without bias.
+
+        Args:
+            space: The other one.
+            entries: Of each weight, example and output.
+            seed: Of what is drawn.
+        """
+        raise NotImplementedError
 
     def parted(self, name: str, space: Space) -> dict[str, Space]:
         """Return the spaces whose kernels' mean estimates that of one space.
@@ -158,11 +219,11 @@ class Sketches:
             space: The space.
 
         Returns:
-            Sketched spaces by names of their own.
+            Estimating spaces by names of their own.
         """
         size, first = self.entries // self.replicates, self.seed * self.replicates
         return {
-            self._name(name, r): Sketched(space, size, first + r)
+            self._name(name, r): self.replicate(space, size, first + r)
             for r in range(self.replicates)
         }
 
@@ -173,15 +234,27 @@ class Sketches:
 
         Args:
             name: Of the space.
-            kernels: With those of the sketched spaces, which are taken out.
+            kernels: With those of the estimating spaces, which are taken out.
         """
         found = [kernels.pop(self._name(name, r)) for r in range(self.replicates)]
         each = torch.stack(found)
         error = each.std(dim=0) / self.replicates**0.5
-        return ApproximateKernel(each.mean(dim=0), error, self.entries, self.replicates)
+        unit = "numbers" if self.unit == "entries" else self.unit
+        return ApproximateKernel(
+            each.mean(dim=0), error, self.entries, self.replicates, unit
+        )
 
     def _name(self, name: str, replicate: int) -> str:
-        return f"{name}, sketch {replicate}"
+        return f"{name}, estimate {replicate}"
+
+
+@dataclass(frozen=True)
+class Sketches(Estimator):
+    """Estimates whole weights by random projections of them."""
+
+    def replicate(self, space: Space, entries: int, seed: int) -> Space:
+        """Return the space with its whole weights sketched, see `Estimator`."""
+        return Sketched(space, entries, seed)
 
 
 @overload
@@ -256,11 +329,53 @@ def sketched_ntk(
     Raises:
         ValueError: If ``entries`` cannot be parted among the replicates.
     """
-    sketches = Sketches(entries, replicates, seed)
+    return estimated(
+        Sketches(entries, replicates, seed),
+        model,
+        inputs,
+        other,
+        space=space,
+        outputs=outputs,
+        reduce=reduce,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def estimated(
+    estimator: Estimator,
+    model: nn.Module,
+    inputs: Inputs,
+    other: Inputs | None,
+    *,
+    space: Space | Mapping[str, Space] | None,
+    outputs: Readout | None,
+    reduce: Reduction,
+    kind: Kind = "sgd",
+    batch_size: int | None,
+    progress: Progress | None,
+) -> ApproximateKernel | dict[str, ApproximateKernel]:
+    """Estimate kernels.
+
+    Args:
+        estimator: How.
+        model: As in `kernel.empirical_ntk`.
+        inputs: As in `kernel.empirical_ntk`.
+        other: As in `kernel.empirical_ntk`.
+        space: As in `kernel.empirical_ntk`.
+        outputs: As in `kernel.empirical_ntk`.
+        reduce: As in `kernel.empirical_ntk`.
+        kind: As in `kernel.empirical_ntk`.
+        batch_size: As in `kernel.empirical_ntk`.
+        progress: As in `kernel.compute`.
+
+    Returns:
+        The estimate; for a mapping of spaces a dictionary of them.
+    """
     named = space if isinstance(space, Mapping) else {"": space or Full()}
     spaces: dict[str, Space] = {}
     for name, each in named.items():
-        spaces |= sketches.parted(name, each)
+        spaces |= estimator.parted(name, each)
     kernels = compute(
         model,
         inputs,
@@ -268,8 +383,9 @@ def sketched_ntk(
         spaces=spaces,
         outputs=outputs,
         reduce=reduce,
+        kind=kind,
         batch_size=batch_size,
         progress=progress,
     ).kernels
-    found = {name: sketches.collected(name, kernels) for name in named}
+    found = {name: estimator.collected(name, kernels) for name in named}
     return found if isinstance(space, Mapping) else found[""]

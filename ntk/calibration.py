@@ -62,9 +62,9 @@ def calibrate(
         for name, of in part.chosen_parameters(architecture).items()
         if of is not None
     }
-    statistics = _statistics(model, weights, inputs, outputs, batch_size)
+    found = statistics(model, weights, inputs, outputs=outputs, batch_size=batch_size)
     fixed = tuple(
-        _fixed(part, architecture, statistics)
+        _fixed(part, architecture, found)
         if isinstance(part, Rows | Columns) and part.needs_examples
         else part
         for part in parts
@@ -75,7 +75,7 @@ def calibrate(
 def _fixed(
     part: Rows | Columns,
     architecture: Architecture,
-    statistics: Mapping[str, Mapping[str, Tensor]],
+    found: Mapping[str, Mapping[str, Tensor]],
 ) -> Rows | Columns:
     key: str = part.strategy
     if key == "gradient":
@@ -83,25 +83,39 @@ def _fixed(
     chosen = {}
     for name, of in part.chosen_parameters(architecture).items():
         assert of is not None
-        if key not in statistics[name]:
+        if key not in found[name]:
             raise SelectionError(
                 f"strategy={part.strategy!r} cannot see the inputs of {name!r}, which "
                 "no layer that is known uses. Choose another strategy, or other "
                 "weights with .at(...)."
             )
         values = architecture.values(name)
-        chosen[name] = part.chosen(of, values, statistics[name][key].to(values))
+        chosen[name] = part.chosen(of, values, found[name][key].to(values))
     return replace(part, count=None, strategy="first", indices=chosen)
 
 
-def _statistics(
+def statistics(
     model: nn.Module,
     weights: Mapping[str, LinearWeight],
     inputs: Inputs,
-    outputs: Readout | None,
-    batch_size: int | None,
+    *,
+    outputs: Readout | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return, by weight, input norms ``(d_in,)`` and energies by row and column."""
+    """Measure on some examples what linear weights are chosen by.
+
+    Args:
+        model: The model.
+        weights: By parameter name.
+        inputs: As in `calibrate`.
+        outputs: As in `calibrate`.
+        batch_size: As in `calibrate`.
+
+    Returns:
+        For each weight ``"row energy"`` ``(d_out,)`` and ``"column energy"``
+        ``(d_in,)``, squared gradients summed over examples and outputs, and, where a
+        known layer uses it, ``"activation"`` ``(d_in,)``, norms of its inputs.
+    """
     check_model(model)
     device = next(model.parameters()).device
     batches = to_batches(inputs, device, batch_size)

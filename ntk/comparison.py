@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ntk.approximation import Sketches
+from ntk.approximation import Estimator
 from ntk.cache import content_key
 from ntk.calibration import calibrate
 from ntk.function import Batch
@@ -67,7 +67,7 @@ class Comparison:
     split: Split
     roles: Mapping[str, str]
     spaces: Mapping[str, Space]
-    approximate: Sketches | None
+    approximate: Estimator | None
     with_head: bool
     data: Examples
 
@@ -80,7 +80,7 @@ class Comparison:
         *,
         with_head: bool = True,
         batch_size: int = 32,
-        approximate: Sketches | None = None,
+        approximate: Estimator | None = None,
     ) -> "Comparison":
         """Encode the examples and resolve what depends on them.
 
@@ -105,11 +105,13 @@ class Comparison:
         if backbone.new_head and not with_head:
             own = tuple(architecture.head)
             spaces = {name: Without(space, own) for name, space in spaces.items()}
+        if approximate is not None:
+            approximate = approximate.fitted(module, train, spaces=[spaces["full"]])
         return cls(backbone, split, roles, spaces, approximate, head is not None, data)
 
     @cached_property
     def computed(self) -> dict[str, Space]:
-        """The spaces whose kernels are computed: sketches of an estimated one."""
+        """The spaces whose kernels are computed: estimates of the full one."""
         if self.approximate is None:
             return dict(self.spaces)
         others = {n: s for n, s in self.spaces.items() if n != "full"}

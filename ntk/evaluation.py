@@ -211,6 +211,7 @@ def _size(space: Space, architecture: Architecture) -> int:
 def _estimate(estimate: ApproximateKernel) -> Record:
     return {
         "entries": estimate.entries,
+        "unit": estimate.unit,
         "replicates": estimate.replicates,
         "relative_error": estimate.relative_error(),
     }

@@ -47,6 +47,13 @@ class Job:
         (each, *others) = self.members
         return None if others or each.weights() is not None else each
 
+    @property
+    def _weighs_inputs(self) -> bool:
+        """Whether a member's weights are in another order than the stored features."""
+        return isinstance(self.stored, InputSide) and any(
+            isinstance(each, Slices) and each.rescale for each in self.members
+        )
+
     @cached_property
     def _held_by_rows(self) -> slice | Tensor | None:
         """The rows of a lone member that is columns less what its rows hold."""
@@ -93,7 +100,7 @@ class Job:
         Returns:
             The members and as many ``(c n, c m)``, or ``(n, m)`` if not coupled.
         """
-        if len(self.members) == 1:
+        if len(self.members) == 1 and not self._weighs_inputs:
             (each,) = self.members
             a = self.contracted(left)
             b = a if left is right else self.contracted(right)
@@ -188,14 +195,15 @@ def _inputs_of(stored: InputSide, members: Sequence[Map]) -> list[list[float]]:
     count = len(place) + sum(pair.rank for pair in stored.pairs)
     for each in members:
         weights = each.weights()
-        # All columns have the same probability of selection, and a pair one weight.
-        weight = 1.0 if weights is None else float(weights[0])
         own = [0.0] * count
         if isinstance(each, LowRank):
+            weight = 1.0 if weights is None else float(weights[0])
             own[ranks[each]] = [weight] * each.rank
         else:
             assert isinstance(each, Slices)
-            for column in each.columns:
+            columns = len(each.columns)
+            values = [1.0] * columns if weights is None else weights[:columns].tolist()
+            for column, weight in zip(each.columns, values, strict=True):
                 own[place[column]] = weight
         selected.append(own)
     return selected

@@ -81,12 +81,15 @@ class Slices(_HashedOnce):
         rescale: Weight each entry by the inverse of its probability of selection, so
             that with uniform random rows and columns the kernel of the whole weight
             is estimated without bias (Horvitz and Thompson 1952).
+        odds: The probability of selection of each row, or of each column if there are
+            no rows; none means that all features had the same.
     """
 
     of: LinearWeight
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     rescale: bool = False
+    odds: tuple[float, ...] = ()
 
     __hash__ = _HashedOnce.kept_hash
 
@@ -120,6 +123,11 @@ class Slices(_HashedOnce):
         """Return the weight of each coordinate in the kernel, None for one."""
         if not self.rescale:
             return None
+        if self.odds:
+            each = 1 / torch.tensor(self.odds, dtype=torch.float64)
+            if self.rows:
+                return each.repeat_interleave(self.of.inputs)
+            return each.repeat(self.of.outputs)
         row_odds = torch.zeros(self.of.outputs, dtype=torch.float64)
         chosen = set(self.rows)
         for part in self.of.parts:

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from ntk.approximation import Sketches
+from ntk.approximation import Estimator, Sketches
+from ntk.importance import Samples
 from ntk.kernel import IMPLEMENTATIONS, KINDS
 from ntk.memory import parse_bytes
 from ntk.notation import parse_space
@@ -196,11 +197,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--approximate",
-        type=sketches,
-        metavar="sketch:S",
-        help="estimate the full kernel from S numbers of each large weight, example "
-        "and output (a multiple of 8), instead of computing it; its relative error is "
-        "reported, and falls with the root of S (default: computed)",
+        type=estimator,
+        metavar="HOW",
+        help="estimate the full kernel instead of computing it: sketch:S from random "
+        "projections to S numbers of each large weight, example and output, rows:R or "
+        "columns:R from R of each weight, drawn by the gradients of a few examples "
+        "and weighted so that none is favoured (S, R: multiples of 8); the relative "
+        "error is reported, and falls with the root of S or R (default: computed)",
     )
     add(
         "--memory",
@@ -386,23 +389,27 @@ def memory(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def sketches(text: str) -> Sketches:
+def estimator(text: str) -> Estimator:
     """Read how a kernel is estimated.
 
     Args:
-        text: Of an option, such as ``sketch:4096``.
+        text: Of an option, such as ``sketch:4096``, ``rows:64`` or ``columns:64``.
 
     Returns:
-        The sketches.
+        The way.
 
     Raises:
         ArgumentTypeError: If it is written otherwise.
     """
     name, _, size = text.partition(":")
-    if name != "sketch" or not size.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must read sketch:S, as sketch:4096")
+    if name not in ("sketch", "rows", "columns") or not size.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must read sketch:S, rows:R or columns:R, as sketch:4096"
+        )
     try:
-        return Sketches(int(size))
+        if name == "sketch":
+            return Sketches(int(size))
+        return Samples(int(size), axis="rows" if name == "rows" else "columns")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
