@@ -1,12 +1,15 @@
-"""What kernels cost on this machine: the floor, spaces, and growth with n.
+"""What kernels cost on this machine: the floor, spaces, contractions and their growth.
 
     python -m ntk.bench
     python -m ntk.bench --model ./my-checkpoint --examples 16 32 64 --spaces full rows:3
+    python -m ntk.bench --tokens 16 64 128 --labels 2 4 8 --precisions bf16 bf16x3
     python -m ntk.bench --device cuda --dtype bfloat16
 
-Times kernels of growing numbers of examples and sets them against the floor: one
-forward and c backward passes with no gradient of a parameter. The full kernel is also
-set against its bound: the floor and its multiply-adds at the rate of a matrix product.
+Times kernels of growing numbers of examples, tokens and outputs, and of further models,
+and sets them against the floor: one forward and c backward passes with no gradient of a
+parameter. The full kernel is also set against its bound: the floor and its
+multiply-adds at the rate of a matrix product. Of the weights of every shape both ways
+to contract them are timed, and how far the faster one was missed.
 """
 
 import argparse
@@ -16,16 +19,19 @@ import json
 import platform
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ntk.notation import parse_space
 from ntk.options import add_model_options, positive
+from ntk.precision import PRECISIONS
 from rocoft.console import progress_bar, quiet_libraries
 from rocoft.tasks import HUB
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 USAGE_ERROR = 2
 SPACES = ("full", "rows:1", "rows:3", "columns:3", "lora:8", "bias")
@@ -70,6 +76,39 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SPACE",
         help="as ntk.compare --space takes them, each alone and all together (default: "
         f"{' '.join(SPACES)})",
+    )
+    add(
+        "--tokens",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="as well with the fewest --examples cut or repeated to T tokens each "
+        "(default: only as long as they are)",
+    )
+    add(
+        "--labels",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="C",
+        help="as well with the fewest --examples and a new head of C outputs (default: "
+        "only as many as the task has)",
+    )
+    add(
+        "--more-models",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="as well with the fewest --examples on these models",
+    )
+    add(
+        "--precisions",
+        nargs="+",
+        choices=[each for each in PRECISIONS if each != "float32"],
+        default=[],
+        help="as well with the products of the first of --spaces in these, and their "
+        "error (default: only in float32)",
     )
     add(
         "--batch-size",
@@ -136,51 +175,18 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
         # Imported here: mistyped options need not wait for what draws.
         import torch
 
-        from ntk.cost import measure
+        from ntk.bench_cases import Cases
         from ntk.cost_plots import draw_growth
         from ntk.drawing import to_png, to_svg
         from ntk.storage import write_bytes, write_text
-        from rocoft.backbone import load_backbone
-        from rocoft.splits import few_shot
-        from rocoft.tasks import load_task
         from rocoft.trainer import versions
 
-        task = load_task(options.task, options.data_dir)
-        most = max(options.examples)
-        fewest = min(Counter(example.label for example in task.train).values())
-        shots = -(-most // len(task.labels))
-        if shots > fewest:
-            raise ValueError(
-                f"--examples {most} is more than task {task.name!r} has in equal parts "
-                f"of each label, {fewest * len(task.labels)}. Name a larger --task."
-            )
-        split = few_shot(task, shots, 1, 0)
-        backbone = load_backbone(
-            options.model,
-            split,
-            readout=options.readout,
-            head=options.head_init,
-            max_length=options.max_length,
-            device=options.device,
-            dtype=getattr(torch, options.dtype),
-        )
-        device = next(backbone.module.parameters()).device
-        costs = []
         with progress_bar(quiet) as progress:
-            for n in sorted(set(options.examples)):
-                batches, _ = backbone.encode(split.train[:n], options.batch_size)
-                on_device = [
-                    {k: v.to(device) for k, v in batch.items()} for batch in batches
-                ]
-                costs.append(
-                    measure(
-                        backbone.module,
-                        on_device,
-                        spaces,
-                        rounds=options.rounds,
-                        progress=progress,
-                    )
-                )
+            cases = Cases(options, spaces, progress)
+            backbone, costs = cases.backbone, cases.by_examples()
+            growth = cases.growth()
+            contractions = cases.contractions()
+        device = next(backbone.module.parameters()).device
     record: Record = {
         "version": importlib.metadata.version("rocoft-ntk"),
         "command": shlex.join(["python", "-m", "ntk.bench", *given]),
@@ -197,9 +203,14 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             "dtype": options.dtype,
             "readout": backbone.readout,
         },
-        "task": task.name,
+        "task": options.task,
         "rounds": options.rounds,
         "costs": [asdict(cost) for cost in costs],
+        "growth": {
+            axis: [{"at": at, **asdict(cost)} for at, cost in some.items()]
+            for axis, some in growth.items()
+        },
+        "contractions": [{**asdict(one), "loss": one.loss} for one in contractions],
     }
     text = json.dumps(record, indent=1) + "\n"
     figure = draw_growth(record)
@@ -222,27 +233,26 @@ def _device_name(device: Any) -> str:
 
 def _show(record: Record, folder: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     costs = record["costs"]
     model = record["model"]
-    table = Table(
-        title=f"Kernels of {model['name']} on {record['machine']['device']}, "
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    heads = [
+        f"n = {cost['examples']}\n{cost['positions'] / cost['examples']:.0f} tokens"
+        for cost in costs
+    ]
+    title = (
+        f"Kernels of {model['name']} on {record['machine']['device']}, "
         f"{model['dtype']}: time over the floor"
     )
-    table.add_column("kernel")
-    for cost in costs:
-        per = cost["positions"] / cost["examples"]
-        table.add_column(f"n = {cost['examples']}\n{per:.0f} tokens", justify="right")
-    table.add_row("floor (s)", *(f"{cost['seconds']['floor']:.3g}" for cost in costs))
-    for name in costs[0]["over_floor"]:
-        table.add_row(name, *(f"{cost['over_floor'][name]:.2f}" for cost in costs))
-    if costs[0]["over_bound"] is not None:
-        table.add_row(
-            "full over its bound", *(f"{cost['over_bound']:.2f}" for cost in costs)
-        )
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table)
+    console.print(_table(title, heads, costs))
+    for axis, some in record["growth"].items():
+        title = f"{axis}, n = {some[0]['examples']}: time over the floor"
+        console.print(_table(title, [str(one["at"]) for one in some], some))
+    if record["contractions"]:
+        console.print(_contractions(record["contractions"], costs[-1]["examples"]))
+    for name, error in costs[-1]["errors"].items():
+        console.print(f"{name}: relative error {error:.1e}", highlight=False)
     for line in (
         "floor: one forward and c backward passes, no gradient of a parameter; bound: "
         "the floor and the full kernel's multiply-adds at the rate of a matrix product "
@@ -250,6 +260,42 @@ def _show(record: Record, folder: Path) -> None:
         f"figures and record: {folder}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, heads: Sequence[str], costs: Sequence[Record]) -> "Table":
+    """Return the table of some costs, a column each."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("kernel")
+    for head in heads:
+        table.add_column(head, justify="right")
+    table.add_row("floor (s)", *(f"{cost['seconds']['floor']:.3g}" for cost in costs))
+    for name in costs[0]["over_floor"]:
+        table.add_row(name, *(f"{cost['over_floor'][name]:.2f}" for cost in costs))
+    if costs[0]["over_bound"] is not None:
+        table.add_row(
+            "full over its bound", *(f"{cost['over_bound']:.2f}" for cost in costs)
+        )
+    return table
+
+
+def _contractions(found: Sequence[Record], n: int) -> "Table":
+    """Return the table of both routes of contracting a weight, a row for each shape."""
+    from rich.table import Table
+
+    table = Table(title=f"contraction of a weight, n = {n}: milliseconds by either way")
+    for head in ("shape", "weights", "positions", "blocks", "taken", "over the faster"):
+        table.add_column(head, justify="left" if head == "taken" else "right")
+    for one in found:
+        table.add_row(
+            "{} x {}".format(*one["shape"]),
+            str(one["weights"]),
+            *(f"{1e3 * one['seconds'][way]:.3g}" for way in ("positions", "blocks")),
+            one["taken"],
+            f"{one['loss']:.2f}",
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor
     if how.linear and same_way and _positions_are_cheaper(ours, theirs, prefix):
         known = examples(right) if prefix else theirs
         return position_gram(ours, known, coupled=how.coupled, precision=how.precision)
-    return _block_gram(left, right, shape, how)
+    return block_gram(left, right, shape, how)
 
 
 def _matrices(uses: Uses) -> list[list[Matrix]]:
@@ -246,8 +246,18 @@ def block_entries(gradients: int) -> int:
     return min(BLOCK_ENTRIES, max(1, BLOCK_MEMORY // gradients))
 
 
-def _block_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor:
-    """Form G in blocks of rows of the stored weight and contract each."""
+def block_gram(left: Uses, right: Uses, shape: torch.Size, how: Contraction) -> Tensor:
+    """Return the Gram matrix from G, formed in blocks of rows of the stored weight.
+
+    Args:
+        left: As in `gram`.
+        right: As in `gram`.
+        shape: As in `gram`.
+        how: As in `gram`.
+
+    Returns:
+        As `gram`.
+    """
     c, m = outputs(left), examples(right)
     rows = shape[0] if len(shape) else 1
     width = shape.numel() // rows

@@ -10,7 +10,7 @@ import gc
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from ntk.chunks import count_positions
 from ntk.estimate import routes
 from ntk.function import Batch, NetworkFunction, batch_length
 from ntk.memory import compute_as_planned, plan
+from ntk.precision import Precision
 from ntk.spaces import Space
 from ntk.yardsticks import multiply_adds_per_second, run_floor, seconds
 from rocoft.architecture import Architecture
@@ -48,6 +49,8 @@ class Cost:
         multiply_adds_per_second: Of a matrix product here.
         over_bound: Of the full kernel, the ratio to floor plus counted operations.
         passes: How often every example passed the model, by kernel.
+        errors: Of the first space's kernel in another precision of its products, the
+            relative difference (Frobenius) to that in float32.
     """
 
     examples: int
@@ -59,6 +62,7 @@ class Cost:
     multiply_adds_per_second: float
     over_bound: float | None
     passes: dict[str, int]
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def measure(
@@ -66,6 +70,7 @@ def measure(
     batches: Sequence[Batch],
     spaces: Mapping[str, Space],
     *,
+    precisions: Sequence[Precision] = (),
     rounds: int = 5,
     memory: int | None = None,
     progress: Progress | None = None,
@@ -76,6 +81,7 @@ def measure(
         model: Any module.
         batches: The examples.
         spaces: Tangent spaces by name; "full" is compared with its bound.
+        precisions: Others than float32, in which the first space is timed as well.
         rounds: How often each is timed.
         memory: Most bytes to hold, see `memory.plan`.
         progress: Called after every round.
@@ -101,6 +107,21 @@ def measure(
         name: partial(compute_as_planned, model, batches, plans[name], spaces=own)
         for name, own in named.items()
     }
+    first = next(iter(spaces))
+    in_float32 = partial(compute_as_planned, model, batches, plans[first])
+    less = {
+        f"{first}, {precision}": partial(
+            in_float32, spaces=named[first], precision=precision
+        )
+        for precision in precisions
+    }
+    errors = {}
+    if less:
+        exact = in_float32(spaces=named[first]).kernels[first]
+        for name, run in less.items():
+            difference = run().kernels[first] - exact
+            errors[name] = float(difference.norm() / exact.norm())
+    cases |= less
     # The first round warms up.
     times = {
         name: own[1:]
@@ -131,6 +152,7 @@ def measure(
         multiply_adds_per_second=rate,
         over_bound=bound,
         passes={name: each.passes for name, each in plans.items()},
+        errors=errors,
     )
 
 

@@ -1,8 +1,9 @@
-"""The figure of a benchmark: seconds of kernels against the number of examples."""
+"""The figure of a benchmark: seconds of kernels against what grows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ntk.drawing import COLOURS, DASHES, MARKERS, light_grid, new_figure, plain
@@ -17,19 +18,26 @@ def draw_growth(record: Mapping[str, Any]) -> Figure:
         record: Of `python -m ntk.bench`.
 
     Returns:
-        Seconds at the left, ratios to the floor at the right.
+        Seconds at the left, ratios to the floor at the right; below, ratios as tokens
+        or outputs grow, if they do.
     """
-    figure = new_figure(9.0, 4.0)
-    left, right = figure.subplots(1, 2)
+    grown = {
+        axis: some
+        for axis, some in record.get("growth", {}).items()
+        if axis != "models"
+    }
+    rows = 2 if grown else 1
+    figure = new_figure(9.0, 4.0 * rows)
+    axes = figure.subplots(rows, 2, squeeze=False)
+    left, right = axes[0]
+    for ax in axes[1:].flat[len(grown) :]:
+        ax.set_axis_off()
+    for ax, (axis, some) in zip(axes[1:].flat, grown.items(), strict=False):
+        _draw_ratios(ax, axis, some)
     costs = record["costs"]
     n = [cost["examples"] for cost in costs]
     for number, name in enumerate(costs[0]["seconds"]):
-        look: dict[str, Any] = {
-            "color": COLOURS[number % len(COLOURS)],
-            "linestyle": DASHES[number % len(DASHES)],
-            "marker": MARKERS[number % len(MARKERS)],
-            "markersize": 4,
-        }
+        look = _look(number)
         left.plot(
             n, [cost["seconds"][name] for cost in costs], **look, label=plain(name)
         )
@@ -51,3 +59,27 @@ def draw_growth(record: Mapping[str, Any]) -> Figure:
         light_grid(ax)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _draw_ratios(ax: Axes, axis: str, some: Sequence[Mapping[str, Any]]) -> None:
+    """Draw ratios to the floor against tokens or outputs."""
+    at = [one["at"] for one in some]
+    for number, name in enumerate(some[0]["seconds"]):
+        if name in some[0]["over_floor"]:
+            ax.plot(at, [one["over_floor"][name] for one in some], **_look(number))
+    ax.set(xscale="log", ylabel="time over the floor")
+    ax.set_xlabel(f"{axis}, {some[0]['examples']} examples")
+    ax.axhline(1, color="#000000", linewidth=0.6)
+    ax.set_xticks(at, [str(each) for each in at])
+    ax.minorticks_off()
+    light_grid(ax)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Return how the kernel of that number is drawn."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4,
+    }

@@ -10,10 +10,13 @@ from commands import exit_code
 from test_backbone import checkpoint
 
 from ntk import bench
+from ntk.bench_cases import resized
 from ntk.cost import FLOOR, TOGETHER, measure
 from ntk.function import NetworkFunction
+from ntk.route_cost import measure_routes
 from ntk.spaces import Full, Rows
 from ntk.yardsticks import multiply_adds_per_second, run_floor, seconds
+from rocoft.architecture import Architecture
 
 run = partial(exit_code, bench.main)
 CPU = torch.device("cpu")
@@ -94,9 +97,67 @@ def test_the_record_alone(folder, tmp_path, capsys):
     assert set(cost["seconds"]) == {"floor", "rows:1"}
 
 
+def test_what_else_grows(folder, tmp_path, capsys):
+    size = ["--examples", "2", "4", "--rounds", "1", "--spaces", "full", "rows:1"]
+    grown = ["--tokens", "9", "5", "--labels", "3", "--more-models", folder]
+    more = [*grown, "--precisions", "bf16x3", "bf16", "--output", tmp_path]
+    assert run("--model", folder, *size, *more) == 0
+    printed = capsys.readouterr().out
+    assert "tokens, n = 2" in printed
+    assert "full, bf16x3: relative error" in printed
+    assert "contraction of a weight, n = 4" in printed
+    record = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    growth = record["growth"]
+    assert [(one["at"], one["positions"]) for one in growth["tokens"]] == [
+        (5, 10),
+        (9, 18),
+    ]
+    assert [(one["at"], one["outputs"]) for one in growth["outputs"]] == [(3, 3)]
+    assert [one["at"] for one in growth["models"]] == [str(folder)]
+    for cost in record["costs"]:
+        # A processor without bfloat16 units does not round to them.
+        errors = [cost["errors"][f"full, {p}"] for p in ("bf16", "bf16x3")]
+        assert 0 <= min(errors) <= max(errors) < 0.05
+    text = (tmp_path / "bench" / "bench.svg").read_text()
+    assert "tokens, 2 examples" in text
+    assert "outputs, 2 examples" in text
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_either_route_is_timed_on_every_shape(family):
+    model, inputs = BY_NAME[family].build(), BY_NAME[family].inputs(3)
+    found = measure_routes(model, inputs, rounds=1)
+    weights = Architecture(model).linear_weights
+    assert {one.shape for one in found} == {
+        (w.outputs, w.inputs) for w in weights.values()
+    }
+    assert sum(one.weights for one in found) == len(weights)
+    for one in found:
+        assert set(one.seconds) == set(one.operations) == {"positions", "blocks"}
+        assert one.operations[one.taken] == min(one.operations.values())
+        assert one.loss >= 1
+
+
+def test_examples_are_cut_and_repeated():
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "position": torch.tensor([2, 1]),
+    }
+    longer, shorter = resized(batch, 5), resized(batch, 2)
+    assert longer["input_ids"].tolist() == [[5, 6, 7, 5, 6], [8, 9, 0, 8, 9]]
+    assert longer["position"].tolist() == [2, 1]
+    assert shorter["input_ids"].tolist() == [[5, 6], [8, 9]]
+    assert shorter["position"].tolist() == [1, 1]
+    for found in (longer, shorter):
+        assert found["attention_mask"].all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--tokens 100000", "positions that"),
+        ("--more-models /nowhere", "could not be loaded"),
         ("--spaces rowz:3", "rowz"),
         ("--task nowhere --data-dir /nowhere", "nowhere"),
         ("--model /nowhere", "could not be loaded"),
