@@ -13,8 +13,10 @@ from ntk.contraction import SMALL_PRODUCT, Contraction
 
 WAITING = 2**20
 """Entries of small Gram matrices that wait to be added up together."""
-WAITING_FEATURES = 2**17
+SMALL_FEATURES = 2**17
 """Entries of features that wait to be contracted with others of their shape."""
+WAITING_FEATURES = 2**22
+"""Entries of all features that wait."""
 
 
 class Accumulator:
@@ -40,6 +42,7 @@ class Accumulator:
         self.traced = traced
         self._sums: dict[str, Tensor] = {}
         self._features: dict[tuple[torch.Size, torch.Size], list[_Features]] = {}
+        self._feature_entries = 0
         self._waiting: list[Tensor] = []
         self._holders: list[Sequence[str]] = []
         self._entries = 0
@@ -68,15 +71,20 @@ class Accumulator:
             right: ``(c, m, p)``; the same object if they are the same.
         """
         most = max(left[..., 0].numel(), right[..., 0].numel())
-        if left.numel() + right.numel() > WAITING_FEATURES or most > SMALL_PRODUCT:
+        entries = left.numel() + right.numel()
+        if entries > SMALL_FEATURES or most > SMALL_PRODUCT:
             self.add(name, [spaces], self.how.gram(left, right)[None])
             return
         shapes = left.shape, right.shape
         self._features.setdefault(shapes, []).append((name, spaces, left, right))
+        self._feature_entries += entries
+        if self._feature_entries > WAITING_FEATURES:
+            self.contract()
 
-    def _contract(self) -> None:
-        """Contract the features that wait."""
+    def contract(self) -> None:
+        """Contract the features that wait, and let go of them."""
         waiting, self._features = self._features, {}
+        self._feature_entries = 0
         for several in waiting.values():
             names, holders, left, right = zip(*several, strict=True)
             a = torch.stack(left)
@@ -134,7 +142,7 @@ class Accumulator:
         Returns:
             For each space ``(c n, c m)`` or ``(n, m)`` in float64.
         """
-        self._contract()
+        self.contract()
         self._add_up()
         shape = (outputs * self.n, outputs * self.m)
         for space in self.spaces:
@@ -144,7 +152,7 @@ class Accumulator:
 
     def traces(self) -> dict[str, dict[str, float]]:
         """Return, for each space, what each parameter adds to the trace."""
-        self._contract()
+        self.contract()
         found: dict[str, dict[str, float]] = {space: {} for space in self.spaces}
         values = torch.cat(self._traces).tolist() if self._traces else []
         for (name, spaces), value in zip(self._added, values, strict=True):

@@ -263,6 +263,7 @@ class Engine:
                 if ours is not None and theirs is not None:
                     self._add(sums, key, ours, theirs)
                 counter(1)
+            sums.contract()
 
     def _add(self, sums: Accumulator, key: Key, left: Stored, right: Stored) -> None:
         """Add the Gram matrices of one job to the spaces that hold its maps."""

@@ -163,6 +163,8 @@ class ShardedEngine(Engine):
                     if source in sums and ours is not None and theirs is not None:
                         self._add(sums[source], key, ours, theirs)
                 counter(1)
+            for own in sums.values():
+                own.contract()
 
     def _joined(
         self, blocks: Sequence[Block], outputs: int, like: Tensor

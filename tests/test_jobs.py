@@ -9,6 +9,7 @@ import torch
 from cases import BY_NAME
 from dense import assert_close
 
+from ntk import accumulator
 from ntk.jobs import jobs
 from ntk.kernel import KINDS, compute
 from ntk.maps import InputSide
@@ -78,6 +79,22 @@ def test_what_reads_the_input_of_a_weight_is_one_job():
         assert isinstance(job.stored, InputSide)
         assert len(job.stored.pairs) == 2
         assert len(job.members) == 4
+
+
+@pytest.mark.parametrize(("small", "waiting"), [(0, 0), (2**17, 0), (2**40, 2**40)])
+def test_what_waits_for_others_changes_nothing(small, waiting, monkeypatch):
+    model, inputs = BY_NAME["bert"].build(), BY_NAME["bert"].inputs()
+    some = {key: value[:2] for key, value in inputs.items()}
+    spaces = {name: space for name, space in SPACES.items() if name != "full"}
+    expected = {
+        name: compute(model, inputs, some, spaces={name: space})
+        for name, space in spaces.items()
+    }
+    monkeypatch.setattr(accumulator, "SMALL_FEATURES", small)
+    monkeypatch.setattr(accumulator, "WAITING_FEATURES", waiting)
+    for name, space in spaces.items():
+        found = compute(model, inputs, some, spaces={name: space}, batch_size=2)
+        assert_close(found.kernels[name], expected[name].kernels[name], of=name)
 
 
 def test_features_of_the_input_side_are_those_of_its_parts():
