@@ -11,7 +11,7 @@ with other estimates of whole weights (`importance`).
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, overload
 
 import torch
@@ -55,6 +55,14 @@ class Sketched(Space):
     space: Space
     entries: int
     seed: int = 0
+
+    def at(self, *patterns: str) -> Self:
+        """Return the estimate of the restricted space, see `Space.at`."""
+        return replace(self, space=self.space.at(*patterns))
+
+    def layers(self, *indices: int) -> Self:
+        """Return the estimate of the restricted space, see `Space.layers`."""
+        return replace(self, space=self.space.layers(*indices))
 
     @property
     def lasting(self) -> bool:
@@ -190,6 +198,7 @@ class Estimator:
         *,
         spaces: Iterable[Space],
         outputs: Readout | None = None,
+        kind: Kind = "sgd",
     ) -> Self:
         """Return it with what it needs to know of the model on some examples.
 
@@ -198,6 +207,7 @@ class Estimator:
             batches: The examples.
             spaces: What is estimated.
             outputs: As in `kernel.empirical_ntk`.
+            kind: As in `kernel.empirical_ntk`.
         """
         return self
 

@@ -250,7 +250,7 @@ def _show(record: Record, folder: Path) -> None:
         title = f"{axis}, n = {some[0]['examples']}: time over the floor"
         console.print(_table(title, [str(one["at"]) for one in some], some))
     if record["contractions"]:
-        console.print(_contractions(record["contractions"], costs[-1]["examples"]))
+        console.print(_contractions(record["contractions"]))
     for name, error in costs[-1]["errors"].items():
         console.print(f"{name}: relative error {error:.1e}", highlight=False)
     for line in (
@@ -280,10 +280,11 @@ def _table(title: str, heads: Sequence[str], costs: Sequence[Record]) -> "Table"
     return table
 
 
-def _contractions(found: Sequence[Record], n: int) -> "Table":
+def _contractions(found: Sequence[Record]) -> "Table":
     """Return the table of both routes of contracting a weight, a row for each shape."""
     from rich.table import Table
 
+    n = found[0]["examples"]
     table = Table(title=f"contraction of a weight, n = {n}: milliseconds by either way")
     for head in ("shape", "weights", "positions", "blocks", "taken", "over the faster"):
         table.add_column(head, justify="left" if head == "taken" else "right")

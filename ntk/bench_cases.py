@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from ntk.cost import Cost, measure
 from ntk.route_cost import RouteCost, measure_routes
 from ntk.spaces import Full, Space
-from rocoft.backbone import Backbone, load_backbone
+from rocoft.backbone import Backbone, length_limit, load_backbone
 from rocoft.console import Progress
 from rocoft.pretrained import load_pretrained
 from rocoft.splits import Split, few_shot
@@ -105,11 +105,11 @@ class Cases:
         """Return what either route of contracting whole weights takes, if any are."""
         if not any(isinstance(space, Full) for space in self.spaces.values()):
             return []
-        (batch, *_) = self._encoded(self.backbone, self.sizes[-1])
+        (batch, *_) = self._encoded(self.backbone, self.sizes[-1])[::-1]
         return measure_routes(self.backbone.module, batch, self.options.rounds)
 
     def _check(self) -> None:
-        """See before anything is timed that every case can be."""
+        """See before anything is timed what can be known of every case."""
         for name in self.options.more_models:
             load_pretrained(AutoConfig, name, name)
         if self.options.labels and self.backbone.readout != "head":
@@ -118,9 +118,9 @@ class Cases:
                 f"its label words ({self.backbone.readout}). Add --readout head."
             )
         config = getattr(self.backbone.module, "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = length_limit(config, self.backbone.tokenizer)
         longest = max(self.options.tokens, default=0)
-        if limit is not None and longest > limit:
+        if longest > limit:
             raise ValueError(
                 f"--tokens {longest} is more than the {limit} positions that "
                 f"{self.backbone.name!r} has."

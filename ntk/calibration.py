@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ntk import coverage, passes
 from ntk.coverage import Service
-from ntk.factors import Factor, Matrix, dense
+from ntk.factors import Factor, Matrix, dense, raised
 from ntk.function import (
     Inputs,
     NetworkFunction,
@@ -173,7 +173,7 @@ class _Statistics:
         if name not in self.totals:
             return
         several = self._factors.setdefault((name, k), [])
-        several.append(factor)
+        several.append(raised(factor))
         if len(several) == self._count[name]:
             self._reduce(name, k, self._factors.pop((name, k)))
 

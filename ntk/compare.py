@@ -101,6 +101,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             with_head=options.head,
             batch_size=options.batch_size,
             approximate=options.approximate,
+            kind=options.kind,
         )
         if folder is None:
             how = compared.plan(options.memory, processes)

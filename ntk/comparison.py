@@ -81,6 +81,7 @@ class Comparison:
         with_head: bool = True,
         batch_size: int = 32,
         approximate: Estimator | None = None,
+        kind: Kind = "sgd",
     ) -> "Comparison":
         """Encode the examples and resolve what depends on them.
 
@@ -91,6 +92,7 @@ class Comparison:
             with_head: Whether a head made for this task is part of every space.
             batch_size: Most examples in a pass.
             approximate: How the full kernel is estimated.
+            kind: Of kernel, which the estimate must know.
 
         Returns:
             What is compared.
@@ -106,7 +108,8 @@ class Comparison:
             own = tuple(architecture.head)
             spaces = {name: Without(space, own) for name, space in spaces.items()}
         if approximate is not None:
-            approximate = approximate.fitted(module, train, spaces=[spaces["full"]])
+            whole = [spaces["full"]]
+            approximate = approximate.fitted(module, train, spaces=whole, kind=kind)
         return cls(backbone, split, roles, spaces, approximate, head is not None, data)
 
     @cached_property

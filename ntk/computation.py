@@ -2,7 +2,7 @@
 
 Between what is compared and what is measured on it: the kernels are computed as the
 caller asks for, found where an earlier run has kept them, and an estimated full kernel
-is put together from its sketches.
+is put together from its estimates.
 """
 
 import time

@@ -61,7 +61,15 @@ def inclusion_odds(scores: NDArray[np.float64], count: int) -> NDArray[np.float6
 
     Returns:
         ``(d,)`` probabilities above 0 that add up to count.
+
+    Raises:
+        ValueError: If a score is not finite.
     """
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            "gradients on the first examples are not finite, so that they decide no "
+            "odds. Check the model's dtype and the inputs."
+        )
     total = scores.sum()
     parts = scores / total if total > 0 else np.full(len(scores), 1 / len(scores))
     parts = (1 - EVEN) * parts + EVEN / len(scores)
@@ -121,6 +129,14 @@ class Sampled(Space):
     odds: Odds = field(hash=False)
     seed: int = 0
 
+    def at(self, *patterns: str) -> Self:
+        """Return the estimate of the restricted space, see `Space.at`."""
+        return replace(self, space=self.space.at(*patterns))
+
+    def layers(self, *indices: int) -> Self:
+        """Return the estimate of the restricted space, see `Space.layers`."""
+        return replace(self, space=self.space.layers(*indices))
+
     @property
     def lasting(self) -> bool:
         """False: odds are of the values of the weights."""
@@ -174,8 +190,12 @@ class Samples(Estimator):
         *,
         spaces: Iterable[Space],
         outputs: Readout | None = None,
+        kind: Kind = "sgd",
     ) -> Self:
-        """Return it with odds by the gradients of the first examples."""
+        """Return it with odds by the gradients of the first examples.
+
+        Of signs all rows carry about as much, so that their odds are even.
+        """
         known = Architecture(model)
         weights: dict[str, LinearWeight] = {}
         for space in spaces:
@@ -190,7 +210,9 @@ class Samples(Estimator):
         for name in weights:
             # The outputs may not depend on a weight at all.
             if key in found[name]:
-                scores = found[name][key].cpu().numpy()
+                scores = _coarse(found[name][key].cpu().numpy())
+                if kind == "signgd":
+                    scores = np.ones_like(scores)
                 some = inclusion_odds(scores, min(count, len(scores)))
                 odds[name] = tuple(some.tolist())
         return replace(self, odds=odds)
@@ -199,6 +221,18 @@ class Samples(Estimator):
         """Return the space with its whole weights sampled, see `Estimator`."""
         assert self.odds is not None, "fitted first"
         return Sampled(space, entries, self.axis, self.odds, seed)
+
+
+def _coarse(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return scores of two digits.
+
+    The last ones, which differ between machines, must not decide the odds, by which
+    kept kernels are found again.
+    """
+    with np.errstate(divide="ignore"):
+        size = 10.0 ** np.floor(np.log10(scores))
+    rounded = np.divide(scores, size, out=np.zeros_like(scores), where=size > 0)
+    return np.round(rounded, 1) * size
 
 
 @overload
@@ -284,7 +318,7 @@ def sampled_ntk(
     spaces = space.values() if isinstance(space, Mapping) else [space or Full()]
     batches = to_batches(inputs, next(model.parameters()).device, batch_size)
     samples = Samples(count, replicates, seed, axis).fitted(
-        model, batches, spaces=spaces, outputs=reader(outputs, reduce)
+        model, batches, spaces=spaces, outputs=reader(outputs, reduce), kind=kind
     )
     run = partial(estimated, samples, model, inputs, other, space=space, kind=kind)
     return run(outputs=outputs, reduce=reduce, batch_size=batch_size, progress=progress)

@@ -141,7 +141,7 @@ class Slices(_HashedOnce):
     @property
     def picks_few(self) -> bool:
         """Whether `pick` returns but a small part of a gradient."""
-        return not self.columns
+        return not self.columns and 4 * len(self.rows) <= self.of.outputs
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what `add` needs of the layer's input ``(n, t, inputs)``."""

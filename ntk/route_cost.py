@@ -30,6 +30,7 @@ class RouteCost:
     Attributes:
         shape: ``(d_out, d_in)``.
         weights: How many weights have it.
+        examples: Whose kernel with themselves is contracted.
         seconds: Of one weight by ``"positions"`` and by ``"blocks"``, medians.
         operations: Counted multiply-adds of one weight by either.
         taken: The route that the engine takes.
@@ -37,6 +38,7 @@ class RouteCost:
 
     shape: tuple[int, int]
     weights: int
+    examples: int
     seconds: dict[str, float]
     operations: dict[str, float]
     taken: str
@@ -56,8 +58,8 @@ def measure_routes(model: nn.Module, batch: Batch, rounds: int = 3) -> list[Rout
         rounds: How often each is timed, after once that does not count.
 
     Returns:
-        The costs, shapes in the order of the model. Weights that are no linear layer's,
-        or are used otherwise than once over all examples, are left out.
+        The costs, shapes in the order of the model. A shape whose first weight is used
+        otherwise than once over all examples, as where layers share it, is left out.
     """
     function = NetworkFunction(model)
     by_shape: dict[tuple[int, int], list[str]] = {}
@@ -89,6 +91,7 @@ def measure_routes(model: nn.Module, batch: Batch, rounds: int = 3) -> list[Rout
             RouteCost(
                 shape,
                 len(names),
+                n,
                 {name: statistics.median(own[1:]) for name, own in times.items()},
                 {"positions": count.positions, "blocks": count.blocks},
                 "positions" if count.positions_are_cheaper else "blocks",

@@ -10,7 +10,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from ntk.maps import LowRank, Map, Maps, Slices, Whole, oriented
+from ntk.maps import LowRank, Map, Maps, Sketch, Slices, Whole, oriented
 from rocoft.architecture import Architecture, LinearWeight, SelectionError, match
 from rocoft.selection import DATA_STRATEGIES, Axis, Strategy, select
 
@@ -440,6 +440,14 @@ def _unite(
     name: str, first: tuple[Map, ...], second: tuple[Map, ...]
 ) -> tuple[Map, ...]:
     """Unite what selects entries of the same weight; LoRA pairs are new weights."""
+    if not first:
+        return second
+    for each in (*first, *second):
+        if isinstance(each, Sketch) or (isinstance(each, Slices) and each.odds):
+            raise SelectionError(
+                f"{name!r} is estimated in one part of a sum and selected in another, "
+                "whose entries would count twice. Estimate the whole sum instead."
+            )
     own = [m for m in (*first, *second) if not isinstance(m, LowRank)]
     pairs = dict.fromkeys(m for m in (*first, *second) if isinstance(m, LowRank))
     if len({m.rescale for m in own if isinstance(m, Slices)}) > 1 or (

@@ -391,26 +391,32 @@ def test_stopped_while_writing(again, tmp_path, monkeypatch, error, code):
     assert (tmp_path / "same" / "report.json").read_bytes() == before
 
 
-def test_full_kernel_can_be_an_estimate(tmp_path, capsys):
-    code = run(
-        *TINY, "--approximate", "sketch:512", "--output", tmp_path, "--name", "a"
-    )
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ("sketch:512", "512 numbers"),
+        ("rows:64", "64 rows"),
+        ("columns:64", "64 columns"),
+    ],
+)
+def test_full_kernel_can_be_an_estimate(how, kept, tmp_path, capsys):
+    code = run(*TINY, "--approximate", how, "--output", tmp_path, "--name", "a")
     assert code == 0
     record = json.loads((tmp_path / "a" / "report.json").read_text())
     estimate = record["kernel"]["estimate"]
-    assert estimate["entries"] == 512
+    assert f"{estimate['entries']} {estimate['unit']}" == kept
     assert 0.003 < estimate["relative_error"] < 0.2
     full, rows = record["spaces"][:2]
     assert full["parameters"] > 22_000_000
     assert full["certificate"] is None
     assert rows["certificate"]["relative_error"] < 1e-4
-    assert "The full kernel is an estimate from 512 numbers" in capsys.readouterr().out
+    assert f"The full kernel is an estimate from {kept}" in capsys.readouterr().out
     kernel = load_kernels(tmp_path / "a" / "kernels.safetensors")[0]["full"]
     assert kernel.shape == (16, 8, 2, 2)
 
 
 @pytest.mark.parametrize(
-    "text", ["sketch", "sketch:", "rows:3", "sketch:3", "sketch:x"]
+    "text", ["sketch", "sketch:", "row:8", "rows:3", "rows:", "sketch:3", "sketch:x"]
 )
 def test_an_estimate_that_cannot_be_made_is_refused(text, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -90,11 +90,18 @@ def test_what_waits_for_others_changes_nothing(small, waiting, monkeypatch):
         name: compute(model, inputs, some, spaces={name: space})
         for name, space in spaces.items()
     }
+    traces = compute(model, inputs, spaces=spaces, implementation="jacobian").traces
     monkeypatch.setattr(accumulator, "SMALL_FEATURES", small)
     monkeypatch.setattr(accumulator, "WAITING_FEATURES", waiting)
     for name, space in spaces.items():
-        found = compute(model, inputs, some, spaces={name: space}, batch_size=2)
+        found = compute(
+            model, inputs, some, spaces={name: space}, batch_size=2, left_bytes=1
+        )
         assert_close(found.kernels[name], expected[name].kernels[name], of=name)
+        square = compute(model, inputs, spaces={name: space})
+        assert_close(square.kernels[name][:, :2], found.kernels[name], of=name)
+        for parameter, trace in traces[name].items():
+            assert square.traces[name][parameter] == pytest.approx(trace, rel=1e-9)
 
 
 def test_features_of_the_input_side_are_those_of_its_parts():
