@@ -37,6 +37,9 @@ BLOCK_MEMORY = 2**26
 PANEL_ROWS = 256
 """Most rows of a symmetric product formed at a time, or half of them if that is less;
 smaller panels would spare more operations than they cost in speed."""
+LONG_SUM = 2**15
+"""Most products that are summed in the features' own precision where there are more
+than `BLOCK_ENTRIES`: some processors lose a digit over a hundred thousand."""
 SMALL_PRODUCT = 128
 """Rows up to which a symmetric product is formed whole."""
 POSITION_OVERHEAD = 16
@@ -75,7 +78,7 @@ class Contraction:
     def gram(
         self, left: Tensor, right: Tensor, weights: Tensor | None = None
     ) -> Tensor:
-        """Contract features in their own dtype.
+        """Contract features in their own dtype, long ones in parts added in float64.
 
         Args:
             left: ``(c, n, p)``.
@@ -85,9 +88,18 @@ class Contraction:
         Returns:
             ``(c n, c m)``, or ``(n, m)`` if not coupled.
         """
+        same = left is right
         left, right = self.transformed(left, right)
         if weights is not None:
-            left = left * weights.to(left)
+            left, same = left * weights.to(left), False
+        if left.shape[2] <= BLOCK_ENTRIES:
+            return self._sum(left, right)
+        parts = left.split(LONG_SUM, dim=2)
+        others = parts if same and self.linear else right.split(LONG_SUM, dim=2)
+        pairs = zip(parts, others, strict=True)
+        return torch.stack([self._sum(a, b).double() for a, b in pairs]).sum(0)
+
+    def _sum(self, left: Tensor, right: Tensor) -> Tensor:
         if self.coupled:
             if self.linear and left is right:
                 return _self_product(left.flatten(0, 1), self.precision)

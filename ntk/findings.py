@@ -161,8 +161,8 @@ def _estimate(record: Record) -> Iterator[str]:
         error = number(found, "relative_error")
         yield (
             "The full kernel is an estimate from "
-            f"{number(found, 'entries'):,.0f} {found['unit']} of each large weight, "
-            "with a relative error (Frobenius) of about "
+            f"{number(found, 'entries'):,.0f} {found.get('unit', 'numbers')} of each "
+            "large weight, with a relative error (Frobenius) of about "
             f"{shown(100 * error, '.1f')} %; measures against it carry that error."
         )
 

@@ -98,8 +98,9 @@ def test_planned_passes_keep_to_the_precision(wide):
     exact = compute(model, batches, spaces=SPACES)
     for name in SPACES:
         assert torch.equal(found.kernels[name], whole.kernels[name])
-        same = torch.equal(found.kernels[name], exact.kernels[name])
-        assert same is not has_bfloat16_units()
+        # Without the units products may still be made in another order.
+        error = relative_error(found.kernels[name], exact.kernels[name])
+        assert (error > 1e-5) is has_bfloat16_units()
 
 
 @pytest.mark.parametrize(

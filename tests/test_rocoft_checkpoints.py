@@ -122,6 +122,10 @@ def test_outputs_are_bit_equal_after_loading(kind, axis, route, tmp_path):
         base = classifier_model(kind)
         assert base.config.pad_token_id == model.config.pad_token_id
     loaded = route(classifier_model(kind), str(tmp_path / "adapter")).eval()
+    # Some routes leave weights where the file lies in memory, and on some processors
+    # the last bits of a product depend on the address of what is multiplied.
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        tensor.data = tensor.data.clone()
     assert torch.equal(logits(loaded), expected)
 
 
