@@ -96,8 +96,10 @@ class Contraction:
             return self._sum(left, right)
         parts = left.split(LONG_SUM, dim=2)
         others = parts if same and self.linear else right.split(LONG_SUM, dim=2)
-        pairs = zip(parts, others, strict=True)
-        return torch.stack([self._sum(a, b).double() for a, b in pairs]).sum(0)
+        total = self._sum(parts[0], others[0]).double()
+        for a, b in zip(parts[1:], others[1:], strict=True):
+            total += self._sum(a, b)
+        return total
 
     def _sum(self, left: Tensor, right: Tensor) -> Tensor:
         if self.coupled:
