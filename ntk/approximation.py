@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ntk.function import Batch, Inputs, Readout
 from ntk.kernel import Kind, Reduction, compute
-from ntk.maps import Maps, Sketch, Whole
+from ntk.maps import Map, Maps, Sketch, Whole
 from ntk.spaces import Full, Space
 from rocoft.architecture import Architecture, LinearWeight
 from rocoft.console import Progress
 
 __all__ = [
     "ApproximateKernel",
+    "Estimated",
     "Estimator",
     "Sketched",
     "Sketches",
@@ -39,22 +40,17 @@ REPLICATES = 8
 
 
 @dataclass(frozen=True)
-class Sketched(Space):
-    """A space whose whole weights are replaced by random projections of them.
+class Estimated(Space):
+    """A space whose whole weights are replaced by what estimates their kernel.
 
-    Exact are what is no larger than its projection, biases and normalisations, tables
-    that tokens are looked up in, the head, of which few rows are used, and rows,
-    columns and LoRA pairs, which are small.
+    Exact are biases and normalisations, tables that tokens are looked up in, the head,
+    of which few rows are used, and rows, columns and LoRA pairs, which are small.
 
     Args:
         space: The space.
-        entries: Numbers that are kept of each weight.
-        seed: Of the projections.
     """
 
     space: Space
-    entries: int
-    seed: int = 0
 
     def at(self, *patterns: str) -> Self:
         """Return the estimate of the restricted space, see `Space.at`."""
@@ -65,26 +61,56 @@ class Sketched(Space):
         return replace(self, space=self.space.layers(*indices))
 
     @property
-    def lasting(self) -> bool:
-        """Whether it is resolved alike whatever the values of the weights."""
-        return self.space.lasting
-
-    @property
     def name(self) -> str:
         """The space, which is not another one for being estimated."""
         return self.space.name
 
     def maps(self, model: nn.Module | Architecture) -> Maps:
-        """Resolve the space and replace whole weights by their projections."""
+        """Resolve the space and replace whole weights."""
         known = model if isinstance(model, Architecture) else Architecture(model)
         found = dict(self.space.maps(known))
         for name, of in whole_weights(found, known).items():
-            if self.entries < known.parameters[name].numel():
-                sketch = Sketch(of, self.entries, self.seed)
+            if (instead := self.instead(name, of)) is not None:
                 found[name] = tuple(
-                    sketch if isinstance(m, Whole) else m for m in found[name]
+                    instead if isinstance(m, Whole) else m for m in found[name]
                 )
         return found
+
+    def instead(self, name: str, of: LinearWeight) -> Map | None:
+        """Return what stands for a whole weight, None for itself.
+
+        Args:
+            name: Of the parameter.
+            of: The weight.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Sketched(Estimated):
+    """A space whose whole weights are replaced by random projections of them.
+
+    Exact is what is no larger than its projection, too.
+
+    Args:
+        space: The space.
+        entries: Numbers that are kept of each weight.
+        seed: Of the projections.
+    """
+
+    entries: int
+    seed: int = 0
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it is resolved alike whatever the values of the weights."""
+        return self.space.lasting
+
+    def instead(self, name: str, of: LinearWeight) -> Map | None:
+        """Return the projection of a weight, see `Estimated`."""
+        if self.entries < of.outputs * of.inputs:
+            return Sketch(of, self.entries, self.seed)
+        return None
 
 
 def whole_weights(maps: Maps, known: Architecture) -> dict[str, LinearWeight]:

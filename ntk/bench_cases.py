@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ntk.cost import Cost, measure
+from ntk.precision import Precision
 from ntk.route_cost import RouteCost, measure_routes
 from ntk.spaces import Full, Space
 from rocoft.backbone import Backbone, length_limit, load_backbone
@@ -105,7 +106,8 @@ class Cases:
         """Return what either route of contracting whole weights takes, if any are."""
         if not any(isinstance(space, Full) for space in self.spaces.values()):
             return []
-        (batch, *_) = self._encoded(self.backbone, self.sizes[-1])[::-1]
+        # The longest examples are in the last batch.
+        batch = self._encoded(self.backbone, self.sizes[-1])[-1]
         return measure_routes(self.backbone.module, batch, self.options.rounds)
 
     def _check(self) -> None:
@@ -150,13 +152,13 @@ class Cases:
         return [{k: v.to(device) for k, v in batch.items()} for batch in batches]
 
     def _measure(
-        self, backbone: Backbone, batches: Batches, precisions: Sequence[str] = ()
+        self, backbone: Backbone, batches: Batches, precisions: Sequence[Precision] = ()
     ) -> Cost:
         return measure(
             backbone.module,
             batches,
             self.spaces,
-            precisions=precisions,  # type: ignore[arg-type]
+            precisions=precisions,
             rounds=self.options.rounds,
             progress=self.progress,
         )

@@ -97,7 +97,7 @@ class Features:
                 self._whole.setdefault(id(use), []).append(factor)
             elif isinstance(each, Whole):
                 assert isinstance(factor, Vector)
-                self._add_vector((name, each), k, factor.v[0])
+                self._put((name, each), k, factor.v[0])
             else:
                 assert isinstance(each, Slices | InputSide | Sketch)
                 self._add(use, each, k, factor)
@@ -143,13 +143,14 @@ class Features:
         """Whether factors are kept; those of a vector are its gradients themselves."""
         return isinstance(each, Whole) and self.parameters[name].ndim > 1
 
-    def _add_vector(self, key: Key, k: int, gradient: Tensor) -> None:
-        out = self._room(key, gradient.dtype)[k, self._place]
+    def _put(self, key: Key, k: int, features: Tensor) -> None:
+        """Add features ``(n, size)`` of output k to those of the batch."""
+        out = self._room(key, features.dtype)[k, self._place]
         if (key, k) in self._written:
-            out += gradient
+            out += features
         else:
             self._written.add((key, k))
-            out.copy_(gradient)
+            out.copy_(features)
 
     def _add(
         self, use: Use, each: Slices | InputSide | Sketch, k: int, factor: Factor
@@ -174,12 +175,7 @@ class Features:
         key, shape = (use.name, each), self.parameters[use.name].shape
         gradient = dense([factor], shape).unflatten(2, shape)
         turned = gradient if each.of.output_dim == 0 else gradient.transpose(2, 3)
-        out = self._room(key, gradient.dtype)[k, self._place]
-        if (key, k) in self._written:
-            out += each.of_gradient(turned)[0]
-        else:
-            self._written.add((key, k))
-            out.copy_(each.of_gradient(turned)[0])
+        self._put(key, k, each.of_gradient(turned)[0])
 
     def _add_waiting(self, use: Use, each: Map) -> None:
         """Make the features of a use whose gradients were kept until all arrived."""

@@ -27,6 +27,7 @@ from torch import nn
 from ntk.approximation import (
     REPLICATES,
     ApproximateKernel,
+    Estimated,
     Estimator,
     estimated,
     whole_weights,
@@ -34,7 +35,7 @@ from ntk.approximation import (
 from ntk.calibration import statistics
 from ntk.function import Batch, Inputs, Readout, take, to_batches
 from ntk.kernel import Kind, Reduction, reader
-from ntk.maps import Maps, Slices, Whole
+from ntk.maps import Map, Slices
 from ntk.spaces import Full, Space
 from rocoft.architecture import Architecture, LinearWeight
 from rocoft.console import Progress
@@ -110,10 +111,8 @@ def systematic_sample(
 
 
 @dataclass(frozen=True)
-class Sampled(Space):
+class Sampled(Estimated):
     """A space whose whole weights are replaced by a few of their rows or columns.
-
-    What `approximation.Sketched` keeps exact is kept here too.
 
     Args:
         space: The space.
@@ -123,47 +122,26 @@ class Sampled(Space):
         seed: Of the draw; each weight draws from its own stream.
     """
 
-    space: Space
     count: int
     axis: Axis
     odds: Odds = field(hash=False)
     seed: int = 0
-
-    def at(self, *patterns: str) -> Self:
-        """Return the estimate of the restricted space, see `Space.at`."""
-        return replace(self, space=self.space.at(*patterns))
-
-    def layers(self, *indices: int) -> Self:
-        """Return the estimate of the restricted space, see `Space.layers`."""
-        return replace(self, space=self.space.layers(*indices))
 
     @property
     def lasting(self) -> bool:
         """False: odds are of the values of the weights."""
         return False
 
-    @property
-    def name(self) -> str:
-        """The space, which is not another one for being estimated."""
-        return self.space.name
-
-    def maps(self, model: nn.Module | Architecture) -> Maps:
-        """Resolve the space and replace whole weights by a draw of each."""
-        known = model if isinstance(model, Architecture) else Architecture(model)
-        found = dict(self.space.maps(known))
-        for name, of in whole_weights(found, known).items():
-            if name not in self.odds or len(self.odds[name]) <= self.count:
-                continue
-            odds = np.array(self.odds[name])
-            stream = zlib.crc32(f"{self.seed} {name}".encode())
-            drawn = systematic_sample(odds, np.random.default_rng(stream))
-            of_drawn, indices = tuple(odds[drawn].tolist()), tuple(drawn.tolist())
-            rows, columns = (indices, ()) if self.axis == "rows" else ((), indices)
-            part = Slices(of, rows, columns, rescale=True, odds=of_drawn)
-            found[name] = tuple(
-                part if isinstance(m, Whole) else m for m in found[name]
-            )
-        return found
+    def instead(self, name: str, of: LinearWeight) -> Map | None:
+        """Return the draw of a weight, see `Estimated`."""
+        if name not in self.odds or len(self.odds[name]) <= self.count:
+            return None
+        odds = np.array(self.odds[name])
+        stream = zlib.crc32(f"{self.seed} {name}".encode())
+        drawn = systematic_sample(odds, np.random.default_rng(stream))
+        of_drawn, indices = tuple(odds[drawn].tolist()), tuple(drawn.tolist())
+        rows, columns = (indices, ()) if self.axis == "rows" else ((), indices)
+        return Slices(of, rows, columns, rescale=True, odds=of_drawn)
 
 
 @dataclass(frozen=True)

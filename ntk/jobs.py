@@ -102,9 +102,7 @@ class Job:
         """
         if len(self.members) == 1 and not self._weighs_inputs:
             (each,) = self.members
-            a = self.contracted(left)
-            b = a if left is right else self.contracted(right)
-            return [each], how.gram(a, b, each.weights())[None]
+            return [each], how.gram(left, right, each.weights())[None]
         assert isinstance(self.stored, Slices | InputSide)
         members = list(self.members)
         rows = isinstance(self.stored, Slices)
