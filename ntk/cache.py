@@ -3,7 +3,7 @@
 The name of a file is a digest of everything that a kernel depends on: the values of
 the model's weights, the tokens, the spaces, the versions and the number of threads. The
 same command finds it again, after a crash as well; another one has another file, so
-nothing is ever mixed. A file holds the sums after some of the passes of a plan, and
+nothing is ever mixed. A file holds the sums after some of the parts of a plan, and
 that plan, so that going on gives the bits that an undisturbed run would have given.
 """
 
@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ntk.engine import KernelResult
 from ntk.function import Batch
 from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
-from ntk.memory import Plan
+from ntk.memory import Plan, SpillPlan
 from ntk.precision import Precision
 from ntk.storage import StorageError, load_kernels, save_kernels
 from rocoft.quantised import QuantisedLinear
@@ -108,7 +108,7 @@ class KernelCache:
         key: Its name, as `content_key` returns it.
         seconds: Least time between two writes of half done kernels.
         problem: What was wrong with a file that was there, for the user; else empty.
-        found: Passes that had been done before.
+        found: Parts that had been done before.
     """
 
     folder: Path
@@ -178,6 +178,7 @@ class KernelCache:
                 chunks=tuple(_chunk(each, resolved) for each in state["chunks"]),
                 columns=tuple(map(tuple, state["columns"])),
                 left_bytes=state["left_bytes"],
+                spill=_spill(state["spill"]),
             )
             done = int(state["done"])
             result = KernelResult(
@@ -192,7 +193,7 @@ class KernelCache:
                 f"computed again ({error})"
             )
             return nothing
-        if done < earlier.passes and earlier.peak > how.budget:
+        if done < earlier.parts and earlier.peak > how.budget:
             return nothing
         self.found = done
         return earlier, done, result
@@ -212,7 +213,7 @@ class KernelCache:
             StorageError: If it cannot be written; what was kept before still is.
         """
         now = time.monotonic()
-        if done < how.passes and now - self._written < self.seconds:
+        if done < how.parts and now - self._written < self.seconds:
             return
         self._written = now
         state = {
@@ -220,6 +221,7 @@ class KernelCache:
             "chunks": [_indices(chunk, resolved) for chunk in how.chunks],
             "columns": how.columns,
             "left_bytes": how.left_bytes,
+            "spill": _spill_state(how.spill),
             "traces": result.traces,
             "sizes": result.sizes,
             "services": {name: s.value for name, s in result.services.items()},
@@ -244,6 +246,18 @@ def _indices(chunk: Chunk, resolved: Mapping[str, Maps]) -> dict[str, Any]:
         for space, maps in chunk.spaces.items()
     }
     return {"entries": chunk.entries, "spaces": spaces}
+
+
+def _spill_state(how: SpillPlan | None) -> dict[str, Any] | None:
+    """Return the plan of a file as JSON knows it."""
+    return None if how is None else {**asdict(how), "folder": str(how.folder)}
+
+
+def _spill(state: Mapping[str, Any] | None) -> SpillPlan | None:
+    """Return the plan that `_spill_state` wrote."""
+    if state is None:
+        return None
+    return SpillPlan(**{**state, "folder": Path(state["folder"])})
 
 
 def _chunk(state: Mapping[str, Any], resolved: Mapping[str, Maps]) -> Chunk:

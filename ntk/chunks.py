@@ -23,6 +23,7 @@ from ntk.precision import Precision
 from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.spaces import Space
+from ntk.spilling import Spilled
 from rocoft.architecture import Architecture, LinearWeight
 from rocoft.console import Progress
 
@@ -136,6 +137,7 @@ def compute_chunk(
     reduce: Reduction = "full",
     left_bytes: int = LEFT_BYTES,
     processes: Processes | None = None,
+    spilled: Spilled | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute what one pass adds to the kernels.
@@ -151,6 +153,7 @@ def compute_chunk(
         reduce: As in `kernel.compute`.
         left_bytes: As in `kernel.compute`.
         processes: As in `kernel.compute`.
+        spilled: As in `kernel.compute`.
         progress: As in `kernel.compute`.
 
     Returns:
@@ -166,6 +169,7 @@ def compute_chunk(
         reduce=reduce,
         left_bytes=left_bytes,
         processes=processes,
+        spilled=spilled,
         progress=progress,
     )
 

@@ -103,8 +103,9 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             approximate=options.approximate,
             kind=options.kind,
         )
+        spill = options.output / ".cache" if options.spill else None
         if folder is None:
-            how = compared.plan(options.memory, processes)
+            how = compared.plan(options.memory, spill, processes)
             if helps:
                 return
             found = Estimate.of(
@@ -123,6 +124,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
                 implementation=options.implementation,
                 memory=options.memory,
                 cache=options.output / ".cache" if options.cache else None,
+                spill=spill,
                 processes=processes,
                 progress=progress,
             )

@@ -8,6 +8,7 @@ the rows and columns that training examples choose.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,12 +151,16 @@ class Comparison:
         )
 
     def plan(
-        self, memory: int | None = None, processes: Processes | None = None
+        self,
+        memory: int | None = None,
+        spill: Path | None = None,
+        processes: Processes | None = None,
     ) -> Plan:
         """Plan the kernels' computation.
 
         Args:
             memory: Most bytes to hold, see `memory.plan`.
+            spill: Folder for what there is no room for, see there.
             processes: Those that share the work.
 
         Returns:
@@ -167,6 +172,7 @@ class Comparison:
             self.data.train_batches,
             spaces=self.computed,
             memory=memory,
+            spill=spill,
             processes=processes,
         )
 

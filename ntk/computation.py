@@ -60,6 +60,7 @@ class Computation:
         implementation: Implementation = "factors",
         memory: int | None = None,
         cache: Path | None = None,
+        spill: Path | None = None,
         processes: Processes | None = None,
         progress: Progress | None = None,
     ) -> "Computation":
@@ -74,6 +75,7 @@ class Computation:
                 means a share of what is free.
             cache: Folder for kernels of factors, where those are kept that have been
                 computed, whole or half done, by their content; None means nowhere.
+            spill: Folder for what there is no room for, see `memory.plan`.
             processes: Those that compute the same kernels together, each of which
                 calls this and gets them; ``memory`` is what each may hold, and the
                 first one keeps. None means that this one is alone.
@@ -97,7 +99,7 @@ class Computation:
                 "on machines with the same installation."
             )
         if implementation == "factors":
-            how = compared.plan(memory, processes)
+            how = compared.plan(memory, spill, processes)
             if cache is not None and (processes is None or processes.is_first):
                 kept = KernelCache(cache, key)
             how, result = _by_plan(

@@ -5,7 +5,7 @@ Gram matrix is added to all spaces that hold its map. The right examples stay st
 the left ones beside them only as many at a time as there is room for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,7 @@ from rocoft.console import Progress
 LEFT_BYTES = 2**31
 """What features and factors of left examples may take unless told."""
 
-Store = dict[Key, Stored]
+Store = MutableMapping[Key, Stored]
 
 
 @dataclass
@@ -122,16 +122,27 @@ class Engine:
         Returns:
             The Gram matrices as kernels, and how they were made.
         """
-        names = list(dict.fromkeys(job.name for job in self.jobs.values()))
-        sample = passes.sample(self.left, self.right)
+        names = parameters_of(self.jobs.values())
         if by_factors:
-            verdicts = coverage.services(self.function, sample, names)
+            verdicts = self.services(names)
         else:
-            coverage.check_alone(self.function, sample)
+            coverage.check_alone(self.function, passes.sample(self.left, self.right))
             verdicts = dict.fromkeys(names, Verdict(Service.DEFINITION))
         sums = self.accumulated(verdicts)
         served = {name: verdict.service for name, verdict in verdicts.items()}
         return KernelResult(sums.grams, sums.traces, self._sizes(), served)
+
+    def services(self, names: Sequence[str]) -> coverage.Verdicts:
+        """Find out how parameters are served.
+
+        Args:
+            names: The parameters.
+
+        Returns:
+            The verdicts.
+        """
+        sample = passes.sample(self.left, self.right)
+        return coverage.services(self.function, sample, names)
 
     def run_products(self) -> KernelResult:
         """Compute every space's Gram matrix by NTK-vector products.
@@ -176,7 +187,7 @@ class Engine:
         # With one batch nothing has to wait for the others' gradients.
         alone = self.prefix and not further and len(self.right) == 1
         right = self._store(self.right, verdicts, counter, square if alone else None)
-        size = stored_bytes(right.values()) / examples
+        size = self.bytes(right) / examples
         parts = groups(further, size, self.left_bytes)
         steps = len(self.jobs) * (len(parts) + self.prefix)
         counted = Counter("contractions", steps, self.progress)
@@ -211,31 +222,39 @@ class Engine:
         Returns:
             What was kept.
         """
-        store: Store = {}
+        store: dict[Key, Stored] = {}
 
         def collect(service: Service, names: set[str]) -> Features:
             ready = None
             if sums is not None and service is Service.BATCH:
                 ready = lambda key, value: self._add(sums, key, value, value)
             n = sum(map(batch_length, side))
-            maps = self._maps_of(names)
+            maps = stored_maps(self.jobs.values(), names)
             return Features(maps, self.function.parameters, n, store, ready)
 
         c = passes.run(self.function, side, verdicts, collect, counter)
         self.outputs = c or self.outputs
-        names = {n for n, v in verdicts.items() if v.service is Service.DEFINITION}
-        if names and side:
-            rows = jacobian(self.function, side, self._maps_of(names), counter)
-            self.outputs = len(next(iter(rows.values())))
-            store.update({key: at_least_float32(row) for key, row in rows.items()})
+        self._store_jacobian(store, side, verdicts, counter)
         return store
 
-    def _maps_of(self, names: set[str]) -> Maps:
-        chosen: Maps = {}
-        for job in self.jobs.values():
-            if job.name in names:
-                chosen[job.name] = (*chosen.get(job.name, ()), job.stored)
-        return chosen
+    def _store_jacobian(
+        self,
+        store: Store,
+        side: list[Batch],
+        verdicts: coverage.Verdicts,
+        counter: Counter,
+    ) -> None:
+        """Add what only the definition serves to what was stored of some batches."""
+        names = {n for n, v in verdicts.items() if v.service is Service.DEFINITION}
+        if names and side:
+            maps = stored_maps(self.jobs.values(), names)
+            rows = jacobian(self.function, side, maps, counter)
+            self.outputs = len(next(iter(rows.values())))
+            store.update({key: at_least_float32(row) for key, row in rows.items()})
+
+    def bytes(self, store: Store) -> int:
+        """Return what is held of a side."""
+        return stored_bytes(store.values())
 
     def _contract(
         self,
@@ -255,10 +274,9 @@ class Engine:
             counter: Told of every job.
             last: Whether this empties the right store as well.
         """
-        take = (lambda store, key: store.pop(key, None)) if last else Store.get
         with torch.no_grad():
             for key in self.jobs:
-                theirs = take(right, key)
+                theirs = right.pop(key, None) if last else right.get(key)
                 ours = theirs if left is right else left.pop(key, None)
                 if ours is not None and theirs is not None:
                     self._add(sums, key, ours, theirs)
@@ -288,6 +306,25 @@ class Engine:
             theirs = ours
         whole = gram(ours, theirs, self.shapes[job.name], self.how)
         return list(job.members), whole.expand(len(job.members), -1, -1)
+
+
+def parameters_of(jobs: Iterable[Job]) -> list[str]:
+    """Return the names of the parameters of some jobs, each once."""
+    return list(dict.fromkeys(job.name for job in jobs))
+
+
+def stored_maps(jobs: Iterable[Job], names: Collection[str]) -> Maps:
+    """Return the maps that are stored of some parameters.
+
+    Args:
+        jobs: Of any parameters.
+        names: Which ones.
+    """
+    chosen: Maps = {}
+    for job in jobs:
+        if job.name in names:
+            chosen[job.name] = (*chosen.get(job.name, ()), job.stored)
+    return chosen
 
 
 def groups(batches: Sequence[Batch], size: float, room: int) -> list[list[Batch]]:

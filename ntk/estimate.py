@@ -85,6 +85,8 @@ class Estimate:
         operations = sum(route.operations for route in self.routes)
         passes = how.passes * how.examples[0] * self.seconds_per_example
         whole = passes + operations / self.multiply_adds_per_second
+        if how.spill is not None:
+            whole += how.spill.seconds
         return whole / self.processes
 
     def lines(self) -> list[str]:
@@ -100,11 +102,18 @@ class Estimate:
             f"kernels {n} x {m}{columns}; every example passes {how.passes} x, "
             f"forward and {how.outputs} x backward, {self.seconds_per_example:.2g} s",
         ]
+        if how.spill is not None:
+            found.append(
+                f"what they leave waits in a file, {in_units(how.spill.bytes)} in "
+                f"{str(how.spill.folder)!r}: about {how.spill.seconds:.2g} s instead "
+                f"of {how.spill.spared:.2g} s of passes"
+            )
+        part = "pass" if how.spill is None else "part"
         for number, chunk in enumerate(how.chunks, 1):
             names = {name for maps in chunk.spaces.values() for name in maps}
             found.append(
-                f"pass {number}: {len(names)} parameters, {len(chunk.spaces)} spaces, "
-                f"{in_units(chunk.entries * ENTRY)} kept of the right examples"
+                f"{part} {number}: {len(names)} parameters, {len(chunk.spaces)} "
+                f"spaces, {in_units(chunk.entries * ENTRY)} kept of the right examples"
             )
         for route in self.routes:
             d_out, d_in = route.shape

@@ -157,6 +157,7 @@ def evaluate(
             "estimate": None if estimate is None else _estimate(estimate),
             "processes": computation.processes,
             "passes": None if how is None else how.passes,
+            "parts": None if how is None else how.parts,
             "kept": None
             if kept is None
             else {"found": kept.found, "problem": kept.problem},

@@ -33,8 +33,8 @@ class Features:
         parameters: Tensors of the shape, dtype and device of the gradients.
         n: Number of examples of all batches.
         store: Where what was collected goes in the end.
-        ready: Called as soon as a parameter's gradients have all arrived, which hands
-            what they left over instead of keeping it. Only if there is one batch.
+        ready: Called as soon as all gradients of a parameter in a batch have arrived,
+            which hands what they left over instead of keeping it.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class Features:
             outputs: Of the model.
             without: Parameters that are not collected after all.
         """
-        self._place = slice(self._place.stop, self._place.stop + examples)
+        start = self._place.stop if self.ready is None else 0
+        self._place = slice(start, start + examples)
         self._outputs = outputs
         self._uses = {name: [] for name in self.wanted if name not in without}
         for use in uses:
@@ -212,7 +213,8 @@ class Features:
             like = self.parameters[key[0]]
             kind = torch.promote_types(dtype or like.dtype, like.dtype)
             kind = torch.promote_types(kind, torch.float32)
-            shape = (self._outputs, self.n, key[1].size(like.shape))
+            n = self.n if self.ready is None else self._place.stop
+            shape = (self._outputs, n, key[1].size(like.shape))
             self.features[key] = like.new_empty(shape, dtype=kind)
         return self.features[key]
 
@@ -239,12 +241,17 @@ def stored_bytes(stored: Iterable[Stored]) -> int:
     Args:
         stored: Of any parameters. What several of them share is counted once.
     """
-    tensors = [t for each in stored for t in _tensors(each)]
+    tensors = [t for each in stored for t in tensors_of(each)]
     held = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
     return sum(held.values())
 
 
-def _tensors(stored: Stored) -> list[Tensor]:
+def tensors_of(stored: Stored) -> list[Tensor]:
+    """Return all tensors of features or factors.
+
+    Args:
+        stored: Of one parameter and map.
+    """
     if isinstance(stored, Tensor):
         return [stored]
     factors = [factor for batch in stored for factor in batch]

@@ -170,11 +170,11 @@ def _estimate(record: Record) -> Iterator[str]:
 def _provenance(record: Record) -> Iterator[str]:
     """Yield who computed the kernels, and what was kept of them before."""
     kernel = record.get("kernel") or {}
-    kept, passes = kernel.get("kept") or {}, number(kernel, "passes")
+    kept, parts = kernel.get("kept") or {}, number(kernel, "parts")
     if (processes := kernel.get("processes") or 1) > 1:
         yield f"{processes} processes shared the kernels' computation."
     if found := kept.get("found"):
-        yield f"{found:,} of {passes:,.0f} passes had been computed before."
+        yield f"{found:,} of {parts:,.0f} parts of the work had been done before."
     if problem := kept.get("problem"):
         yield f"{str(problem)[:1].upper()}{str(problem)[1:]}."
 

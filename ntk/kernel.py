@@ -40,6 +40,7 @@ from ntk.processes import Processes
 from ntk.resolution import resolve
 from ntk.sharding import ShardedEngine
 from ntk.spaces import Full, Space
+from ntk.spilling import Spilled, SpillingEngine
 from rocoft.console import Progress
 
 Reduction = Literal["full", "trace", "margin"]
@@ -169,6 +170,7 @@ def compute(
     precision: Precision = "float32",
     left_bytes: int = LEFT_BYTES,
     processes: Processes | None = None,
+    spilled: Spilled | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute kernels as `empirical_ntk` does and say how.
@@ -189,6 +191,9 @@ def compute(
             besides those of the right ones, which all stay.
         processes: Those that call this with the same arguments and share the work; all
             get the whole kernels. None means that this one is alone.
+        spilled: A file that what passes leave is read from, and that is filled by
+            them if it has not been; of one process and ``"factors"``. None means that
+            it is kept in memory.
         progress: Called as the work goes on.
 
     Returns:
@@ -229,7 +234,12 @@ def compute(
         )
     with evaluating(model):
         what = (function, left, right, maps, how, progress, left_bytes)
-        engine = Engine(*what) if processes is None else ShardedEngine(processes, *what)
+        if processes is not None:
+            engine: Engine = ShardedEngine(processes, *what)
+        elif spilled is not None:
+            engine = SpillingEngine(spilled, *what)
+        else:
+            engine = Engine(*what)
         if implementation == "jvp":
             result = engine.run_products()
         else:

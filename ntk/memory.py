@@ -7,13 +7,18 @@ parameters as there is room for, and kernels add up (`chunks`). Where there is n
 a single weight of all right examples, these are parted too, into columns of the kernel.
 
 A pass whose parameters are all in the last layers records nothing of the layers below
-and goes back no further than it must.
+and goes back no further than it must. Instead of passing again, what the first pass
+leaves of the other parameters may wait in a file (`spilling`): whichever takes less
+time by the rates of this machine.
 """
 
+import contextlib
 import ctypes
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -31,13 +36,16 @@ from ntk.chunks import (
 )
 from ntk.contraction import block_entries
 from ntk.engine import KernelResult
+from ntk.factor_file import FactorFile
 from ntk.function import Batch, NetworkFunction, batch_length, evaluating
 from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
 from ntk.precision import Precision
 from ntk.processes import Processes
+from ntk.rates import Rates, room_on_disk
 from ntk.resolution import resolve
 from ntk.spaces import Space
+from ntk.spilling import Spill, Spilled
 from rocoft.architecture import Architecture
 from rocoft.console import Progress
 from rocoft.quantised import QuantisedLinear
@@ -45,6 +53,7 @@ from rocoft.quantised import QuantisedLinear
 __all__ = [
     "MemoryBudgetError",
     "Plan",
+    "SpillPlan",
     "compute_as_planned",
     "held",
     "in_units",
@@ -69,6 +78,25 @@ class MemoryBudgetError(ValueError):
 
 
 @dataclass(frozen=True)
+class SpillPlan:
+    """What waits in a file instead of being computed again.
+
+    Attributes:
+        folder: Of the file.
+        bytes: What the file takes.
+        held: What is held of one batch until it is written, in bytes.
+        seconds: About what writing and reading take.
+        spared: About what the passes take that are not run again, in seconds.
+    """
+
+    folder: Path
+    bytes: int
+    held: int
+    seconds: float
+    spared: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be computed in which pass, and what it will hold.
 
@@ -80,11 +108,12 @@ class Plan:
         activations: What one batch leaves between forward and backward, and then some.
         sums: The kernels and their copies.
         workspace: What contracting takes.
-        chunks: What each pass serves.
+        chunks: What each part of the work serves, and each pass if there is no file.
         columns: The right batches, by number, that are computed at a time.
         left_bytes: What is kept of left examples at a time.
         examples: n and m.
         outputs: c.
+        spill: What waits in a file; None means that every part runs its own passes.
     """
 
     budget: int
@@ -97,6 +126,7 @@ class Plan:
     left_bytes: int
     examples: tuple[int, int]
     outputs: int
+    spill: SpillPlan | None = None
 
     @property
     def peak(self) -> int:
@@ -105,11 +135,18 @@ class Plan:
         kept = ENTRY * max(chunk.entries for chunk in self.chunks)
         # The right examples of the first columns stand for those of the others.
         kept += min(self.left_bytes, kept * len(self.columns) * (n - m) // m)
+        if self.spill is not None:
+            kept = max(kept, self.spill.held)
         return self.held + self.activations + self.sums + self.workspace + kept
 
     @property
     def passes(self) -> int:
         """How often every example passes the model."""
+        return self.parts if self.spill is None else 1
+
+    @property
+    def parts(self) -> int:
+        """How many parts the work has, after each of which it may be gone on with."""
         return len(self.chunks) * len(self.columns)
 
 
@@ -121,6 +158,7 @@ def plan(
     spaces: Mapping[str, Space],
     memory: int | None = None,
     reduce: Reduction = "full",
+    spill: Path | None = None,
     processes: Processes | None = None,
 ) -> Plan:
     """Plan the computation of kernels.
@@ -133,6 +171,8 @@ def plan(
         memory: Most bytes that the process may hold, on the CPU the libraries that it
             has loaded included; None means what it holds and a share of what is free.
         reduce: As in `kernel.compute`.
+        spill: Folder for a file of what passes leave, used if that is faster than more
+            passes and the disk has room, by one process alone; None means no file.
         processes: Those that share the work, all of which call this and get the plan
             of the first; ``memory`` is what each may hold. None means one.
 
@@ -143,9 +183,9 @@ def plan(
         MemoryBudgetError: If there is no room for one weight of one batch.
     """
     if processes is not None:
-        own = _plan(model, batches, right, spaces, memory, reduce, processes)
+        own = _plan(model, batches, right, spaces, memory, reduce, None, processes)
         return processes.broadcast(own, 0)
-    return _plan(model, batches, right, spaces, memory, reduce, None)
+    return _plan(model, batches, right, spaces, memory, reduce, spill, None)
 
 
 def _plan(
@@ -155,6 +195,7 @@ def _plan(
     spaces: Mapping[str, Space],
     memory: int | None,
     reduce: Reduction,
+    spill: Path | None,
     processes: Processes | None,
 ) -> Plan:
     """Plan what one process of several, or of one, does and holds."""
@@ -207,6 +248,10 @@ def _plan(
             f"batch {in_units(kept)}. Give about {in_units(need)}, or make the batches "
             "smaller, or examples or spaces fewer."
         )
+    waiting = None
+    if spill is not None and len(parts) * len(columns) > 1:
+        work = _Work(architecture, resolved, batches, parts, len(columns))
+        waiting = work.spilled(spill, whole, device, room)
     return Plan(
         budget=budget,
         held=before,
@@ -218,7 +263,62 @@ def _plan(
         left_bytes=_rounded_down(free - room),
         examples=(n, m),
         outputs=whole.outputs,
+        spill=waiting,
     )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What passes have to do, to find out whether a file spares some of it."""
+
+    architecture: Architecture
+    resolved: Mapping[str, Maps]
+    batches: Sequence[Batch]
+    parts: Sequence[Chunk]
+    columns: int
+
+    def spilled(
+        self, folder: Path, size: PassSize, device: torch.device, room: int
+    ) -> SpillPlan | None:
+        """Return what a file would hold, if it can and takes less time than passes."""
+        largest = max(self.batches, key=count_positions)
+        batch = replace(
+            size, examples=batch_length(largest), positions=count_positions(largest)
+        )
+        held, needed = (ENTRY * self._entries(each) for each in (batch, size))
+        try:
+            rates = Rates.of(folder, device)
+        except OSError:
+            return None
+        if held > room or needed > SHARE * room_on_disk(folder):
+            return None
+        # The right examples are read once, those beside them for each of their parts.
+        files = needed * (1 / rates.written + self.columns / rates.read)
+        spared = self._spared(size) / rates.multiply_adds
+        if files >= spared:
+            return None
+        return SpillPlan(folder, needed, held, files, spared)
+
+    def _entries(self, size: PassSize) -> int:
+        """Return what one pass for all parts keeps."""
+        whole = chunks(self.resolved, self.architecture, size, sys.maxsize)
+        return sum(chunk.entries for chunk in whole)
+
+    def _spared(self, size: PassSize) -> float:
+        """Return the multiply-adds of linear layers in all passes but one."""
+        numbers = {name: i for i, name in enumerate(self.architecture.parameters)}
+        weights = {
+            numbers[name]: of.inputs * of.outputs
+            for name, of in self.architecture.linear_weights.items()
+        }
+
+        def of_pass(part: Chunk) -> float:
+            first = min(numbers[name] for maps in part.spaces.values() for name in maps)
+            back = sum(cost for i, cost in weights.items() if i >= first)
+            return sum(weights.values()) + size.outputs * back
+
+        each = [of_pass(part) for part in self.parts]
+        return size.positions * (self.columns * sum(each) - max(each))
 
 
 def compute_as_planned(
@@ -245,8 +345,8 @@ def compute_as_planned(
         kind: As in `kernel.compute`.
         precision: As in `kernel.compute`.
         reduce: As in `plan`.
-        start: The sums of so many first passes, changed in place; None means none.
-        keep: Called after each pass with how many are done and their sums.
+        start: The sums of so many first parts, changed in place; None means none.
+        keep: Called after each part with how many are done and their sums.
         processes: As in `plan`.
         progress: As in `kernel.compute`.
 
@@ -256,29 +356,35 @@ def compute_as_planned(
     result, done = (KernelResult({}), 0) if start is None else start
     told = progress if 2 * how.peak < how.budget else _returning_memory(progress)
     steps = [(some, chunk) for some in how.columns for chunk in how.chunks]
-    for number, (some, chunk) in enumerate(steps[done:], done + 1):
-        ordered = [*some, *(i for i in range(len(batches)) if i not in set(some))]
-        part = compute_chunk(
-            model,
-            [batches[i] for i in ordered],
-            len(some),
-            chunk,
-            spaces=spaces,
-            kind=kind,
-            precision=precision,
-            reduce=reduce,
-            left_bytes=how.left_bytes,
-            processes=processes,
-            progress=told,
-        )
-        if len(how.columns) > 1:
-            _widen(part, ordered, len(some), batches, how.examples)
-        if number > len(how.chunks):
-            # Of the same parameters as the first columns.
-            part.sizes = dict.fromkeys(part.sizes, 0)
-        add(result, part)
-        if keep is not None:
-            keep(number, result)
+    with contextlib.ExitStack() as stack:
+        spill = None
+        if how.spill is not None and done < len(steps):
+            file = stack.enter_context(FactorFile(how.spill.folder))
+            spill = Spill(file, [chunk.spaces for _, chunk in steps], done)
+        for number, (some, chunk) in enumerate(steps[done:], done + 1):
+            ordered = [*some, *(i for i in range(len(batches)) if i not in set(some))]
+            part = compute_chunk(
+                model,
+                [batches[i] for i in ordered],
+                len(some),
+                chunk,
+                spaces=spaces,
+                kind=kind,
+                precision=precision,
+                reduce=reduce,
+                left_bytes=how.left_bytes,
+                processes=processes,
+                spilled=None if spill is None else Spilled(spill, ordered),
+                progress=told,
+            )
+            if len(how.columns) > 1:
+                _widen(part, ordered, len(some), batches, how.examples)
+            if number > len(how.chunks):
+                # Of the same parameters as the first columns.
+                part.sizes = dict.fromkeys(part.sizes, 0)
+            add(result, part)
+            if keep is not None:
+                keep(number, result)
     return result
 
 

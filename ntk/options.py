@@ -211,8 +211,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="most that is held while kernels are computed from factors, such as "
         "4GiB, libraries and model included, by each process if there are several; "
-        "what does not fit is computed in more passes (default: what is held, and four "
-        "fifths of what is free)",
+        "what does not fit waits in a file, or is computed in more passes (default: "
+        "what is held, and four fifths of what is free)",
+    )
+    add(
+        "--spill",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let what --memory has no room for wait in a file in DIR/.cache, if that "
+        "is faster on this machine than more passes and the disk has room; the file "
+        "goes when the command ends, several processes have none, and the kernels are "
+        "the same (default: yes)",
     )
     add(
         "--plan",

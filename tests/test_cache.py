@@ -86,22 +86,27 @@ def test_several_columns_and_passes_are_the_whole_kernel(cache):
     assert found.sizes == whole.sizes
 
 
+@pytest.mark.parametrize("spills", [False, True])
 @pytest.mark.parametrize("stop", [1, 3, 6])
-def test_going_on_gives_the_bits_of_an_undisturbed_run(cache, tmp_path, stop):
+def test_going_on_gives_the_bits_of_an_undisturbed_run(cache, tmp_path, stop, spills):
     model, batches = example()
     how, resolved = many_passes(model, batches)
+    if spills:
+        how = replace(how, spill=memory.SpillPlan(tmp_path, 1, 1, 1.0, 2.0))
     alone = KernelCache(tmp_path, "alone", seconds=0)
     whole = run(model, batches, alone, how, resolved)
     with pytest.raises(KeyboardInterrupt):
         run(model, batches, cache, how, resolved, stop_after=stop)
     # Whatever would be planned now, the plan that was begun is followed.
-    other = replace(how, chunks=how.chunks[:1], columns=((0, 1),))
+    other = replace(how, chunks=how.chunks[:1], columns=((0, 1),), spill=None)
     again = replace(cache)
     same(run(model, batches, again, other, resolved), whole)
     assert again.found == stop
     finished = replace(cache)
     same(run(model, batches, finished, how, resolved, stop_after=1), whole)
-    assert finished.found == how.passes
+    assert finished.found == how.parts
+    # What was begun with a file is gone on with one.
+    assert again.load(other, resolved)[0].spill == how.spill
 
 
 def test_a_plan_that_would_hold_more_than_the_budget_is_not_followed(cache):

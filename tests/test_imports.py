@@ -16,20 +16,20 @@ checkpoints search readout_trainer trainer language sft options results train
 NTK = """
 function maps spaces resolution notation precision factors positions contraction rules
 capture coverage passes jacobian features jobs accumulator engine processes sharding
-kernel approximation calibration importance certificate spectrum distance risk bounds
-agreement sampling evolution chunks memory yardsticks estimate cost route_cost storage
-cache layerwise layer_budget layer_selection kernel_classifier logistic classifiers
-asymmetric tuning linearize closed_form closeness closeness_bounds comparison
-computation measurement evaluation drawing cost_plots plots record_values findings
-report options compare bench_cases bench study protocol fewshot study_options
-study_order study_scores study_records study_comparison study_summary study_grids
-study_tables study_plots study_figures study_pages study_command study_report
-evaluate_options evaluate selection_variance ablation ablation_gains ablation_summary
-ablation_tables ablation_plots ablation_report ablation_options ablate layers_records
-layers_subsets layers_predictors layers_correlation layers_summary layers_tables
-layers_plots layers_report layers_options layers linearization_training linearization
-linearization_summary linearization_tables linearization_plots linearization_report
-linearization_options linearize.__main__
+storage factor_file spilling kernel approximation calibration importance certificate
+spectrum distance risk bounds agreement sampling evolution chunks yardsticks rates
+memory estimate cost route_cost cache layerwise layer_budget layer_selection
+kernel_classifier logistic classifiers asymmetric tuning linearize closed_form closeness
+closeness_bounds comparison computation measurement evaluation drawing cost_plots plots
+record_values findings report options compare bench_cases bench study protocol fewshot
+study_options study_order study_scores study_records study_comparison study_summary
+study_grids study_tables study_plots study_figures study_pages study_command
+study_report evaluate_options evaluate selection_variance ablation ablation_gains
+ablation_summary ablation_tables ablation_plots ablation_report ablation_options ablate
+layers_records layers_subsets layers_predictors layers_correlation layers_summary
+layers_tables layers_plots layers_report layers_options layers linearization_training
+linearization linearization_summary linearization_tables linearization_plots
+linearization_report linearization_options linearize.__main__
 """
 ORDER = {"rocoft": ROCOFT.split(), "ntk": NTK.split()}
 FILES = [
