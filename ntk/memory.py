@@ -37,7 +37,7 @@ from ntk.chunks import (
 from ntk.contraction import block_entries
 from ntk.engine import KernelResult
 from ntk.factor_file import FactorFile
-from ntk.function import Batch, NetworkFunction, batch_length, evaluating
+from ntk.function import Batch, NetworkFunction, batch_length, evaluating, take
 from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
 from ntk.precision import Precision
@@ -65,6 +65,7 @@ SHARE = 0.8
 """Share of the free memory that is taken unless a budget is given."""
 SLACK = 0.05
 """Share of a budget that is left alone: allocators keep some of what was freed."""
+FIRST = slice(0, 1)
 SUMS = 4
 """Copies of the kernels at the end: sums, in another order, one being copied."""
 ENTRY = 4
@@ -84,13 +85,16 @@ class SpillPlan:
     Attributes:
         folder: Of the file.
         bytes: What the file takes.
-        held: What is held of one batch until it is written, in bytes.
+        examples: Most examples in a pass: batches are cut smaller if what a whole one
+            leaves has no room.
+        held: What is held of one pass until it is written, in bytes.
         seconds: About what writing and reading take.
         spared: About what the passes take that are not run again, in seconds.
     """
 
     folder: Path
     bytes: int
+    examples: int
     held: int
     seconds: float
     spared: float
@@ -281,23 +285,25 @@ class _Work:
         self, folder: Path, size: PassSize, device: torch.device, room: int
     ) -> SpillPlan | None:
         """Return what a file would hold, if it can and takes less time than passes."""
-        largest = max(self.batches, key=count_positions)
-        batch = replace(
-            size, examples=batch_length(largest), positions=count_positions(largest)
-        )
-        held, needed = (ENTRY * self._entries(each) for each in (batch, size))
         try:
             rates = Rates.of(folder, device)
         except OSError:
             return None
-        if held > room or needed > SHARE * room_on_disk(folder):
+        largest = max(self.batches, key=count_positions)
+        n = max(map(batch_length, self.batches))
+        one = ENTRY * self._entries(
+            replace(size, examples=1, positions=count_positions(take(largest, FIRST)))
+        )
+        needed = ENTRY * self._entries(size)
+        if one > room or needed > SHARE * room_on_disk(folder):
             return None
+        examples = min(n, 1 << (room // one).bit_length() - 1)
         # The right examples are read once, those beside them for each of their parts.
         files = needed * (1 / rates.written + self.columns / rates.read)
         spared = self._spared(size) / rates.multiply_adds
         if files >= spared:
             return None
-        return SpillPlan(folder, needed, held, files, spared)
+        return SpillPlan(folder, needed, examples, examples * one, files, spared)
 
     def _entries(self, size: PassSize) -> int:
         """Return what one pass for all parts keeps."""
@@ -360,7 +366,8 @@ def compute_as_planned(
         spill = None
         if how.spill is not None and done < len(steps):
             file = stack.enter_context(FactorFile(how.spill.folder))
-            spill = Spill(file, [chunk.spaces for _, chunk in steps], done)
+            parts = [chunk.spaces for _, chunk in steps]
+            spill = Spill(file, parts, done, how.spill.examples)
         for number, (some, chunk) in enumerate(steps[done:], done + 1):
             ordered = [*some, *(i for i in range(len(batches)) if i not in set(some))]
             part = compute_chunk(

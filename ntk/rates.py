@@ -1,12 +1,14 @@
-"""What this machine does in a second, by which a plan chooses: measured once, kept."""
+"""What this machine does in a second, by which a plan chooses: measured, kept a day."""
 
 import json
 import os
 import platform
 import shutil
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -20,6 +22,8 @@ FILE = "rates.json"
 BLOCK = 2**22
 """Bytes written and read at a time, about those of a factor."""
 BLOCKS = 16
+DAY = 86_400
+"""Seconds for which rates are kept: what was busy when they were measured may be idle."""
 CPU = torch.device("cpu")
 
 
@@ -43,7 +47,7 @@ class Rates:
 
         Args:
             folder: On the disk in question, made if it is not there; they are kept in
-                it, by machine, device and number of threads.
+                it for a day, by machine, device and number of threads.
             device: Where products run.
 
         Raises:
@@ -53,12 +57,14 @@ class Rates:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         where = [platform.node(), name, torch.get_num_threads(), torch.__version__]
         key, path = " ".join(map(str, where)), folder / FILE
-        known = _known(path)
+        known, now = _known(path), time.time()
         try:
-            return cls(**known[key])
+            if 0 <= now - known[key]["time"] < DAY:
+                return cls(**known[key]["rates"])
         except (KeyError, TypeError):
-            found = cls(multiply_adds_per_second(device), *_disk(folder))
-        known[key] = asdict(found)
+            pass
+        found = cls(multiply_adds_per_second(device), *_disk(folder))
+        known[key] = {"time": now, "rates": asdict(found)}
         write_text(path, json.dumps(known, indent=1) + "\n")
         return found
 
@@ -77,7 +83,7 @@ def room_on_disk(folder: Path) -> int:
     return 0 if kind in {"tmpfs", "ramfs"} else shutil.disk_usage(place).free
 
 
-def _known(path: Path) -> dict[str, dict[str, float]]:
+def _known(path: Path) -> dict[str, Any]:
     """Return what is kept; a file that is damaged is as good as none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from ntk.coverage import Service, Verdicts
 from ntk.engine import Counter, Engine, Store, parameters_of, stored_maps
 from ntk.factor_file import FactorFile, Piece
 from ntk.features import Features, Stored, stored_bytes
-from ntk.function import Batch, batch_length
+from ntk.function import Batch, batch_length, take
 from ntk.jacobian import Key
 from ntk.jobs import jobs
 from ntk.maps import Maps
@@ -39,12 +39,18 @@ class Spill:
         file: Open as long as this is used.
         parts: For each part, for each of its spaces, the maps of its parameters.
         done: How many parts, from the first, have been contracted before.
+        examples: Most examples in a pass.
     """
 
     def __init__(
-        self, file: FactorFile, parts: Sequence[Mapping[str, Maps]], done: int = 0
+        self,
+        file: FactorFile,
+        parts: Sequence[Mapping[str, Maps]],
+        done: int,
+        examples: int,
     ) -> None:
         self.file = file
+        self.examples = examples
         self.jobs = {job.key: job for part in parts for job in jobs(part)}
         self.needed = {job.name for part in parts[done:] for job in jobs(part)}
         self.outputs = 0
@@ -60,21 +66,19 @@ class Spill:
         """Take what all passes left.
 
         Args:
-            found: By service, parameter and map what each batch left, or each example
-                if examples passed one by one.
+            found: By service, parameter and map what each pass left.
             lengths: Of the batches.
             verdicts: How each parameter was served in the end.
         """
         self.verdicts = verdicts
-        ends = list(accumulate(lengths))
         for key in self.jobs:
             service = verdicts[key[0]].service
-            pieces = found.get((service, key), [])
-            if service is Service.BATCH:
-                self._pieces[key] = [[piece] for piece in pieces]
-            elif service is Service.SINGLE:
+            if (pieces := found.get((service, key))) is not None:
+                step = 1 if service is Service.SINGLE else self.examples
+                ends = list(accumulate(-(-n // step) for n in lengths))
+                starts = [0, *ends[:-1]]
                 self._pieces[key] = [
-                    pieces[end - n : end] for n, end in zip(lengths, ends, strict=True)
+                    pieces[i:j] for i, j in zip(starts, ends, strict=True)
                 ]
 
     def pieces(self, key: Key, batches: Sequence[int]) -> list[Piece]:
@@ -177,6 +181,12 @@ class SpillingEngine(Engine):
             defaultdict[tuple[Service, Key], list[Piece]](list),
         )
         batches = sorted(self.left, key=lambda batch: self._numbers[id(batch)])
+        step = self.spill.examples
+        cut = [
+            take(batch, slice(i, i + step))
+            for batch in batches
+            for i in range(0, batch_length(batch), step)
+        ]
         lengths = list(map(batch_length, batches))
         kinds = {v.service for v in verdicts.values()} - {Service.UNUSED}
         counter = Counter("passes", sum(lengths) * max(1, len(kinds)), self.progress)
@@ -190,9 +200,7 @@ class SpillingEngine(Engine):
             file.begin()
             counter(examples)
 
-        self.spill.outputs = passes.run(
-            self.function, batches, verdicts, collect, count
-        )
+        self.spill.outputs = passes.run(self.function, cut, verdicts, collect, count)
         self.spill.keep(found, lengths, verdicts)
 
     def _store(

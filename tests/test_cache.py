@@ -92,7 +92,7 @@ def test_going_on_gives_the_bits_of_an_undisturbed_run(cache, tmp_path, stop, sp
     model, batches = example()
     how, resolved = many_passes(model, batches)
     if spills:
-        how = replace(how, spill=memory.SpillPlan(tmp_path, 1, 1, 1.0, 2.0))
+        how = replace(how, spill=memory.SpillPlan(tmp_path, 1, 2, 1, 1.0, 2.0))
     alone = KernelCache(tmp_path, "alone", seconds=0)
     whole = run(model, batches, alone, how, resolved)
     with pytest.raises(KeyboardInterrupt):

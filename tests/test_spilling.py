@@ -42,7 +42,9 @@ def in_pairs(family, n=6):
     return model, [take(whole, slice(i, i + 2)) for i in range(0, n, 2)]
 
 
-def planned(model, batches, right, spaces, folder, *, parts=6, columns=None):
+def planned(
+    model, batches, right, spaces, folder, *, parts=6, columns=None, examples=2
+):
     """Return a plan of several parts, and the same one with a file."""
     how = memory.plan(model, batches, right, spaces=spaces)
     resolved, architecture = resolve(spaces, model), memory.Architecture(model)
@@ -50,7 +52,7 @@ def planned(model, batches, right, spaces, folder, *, parts=6, columns=None):
     whole = chunks(resolved, architecture, size, sys.maxsize)
     cut = chunks(resolved, architecture, size, whole[0].entries // parts)
     how = replace(how, chunks=tuple(cut), columns=columns or how.columns)
-    return how, replace(how, spill=SpillPlan(folder, 1, 1, 1.0, 2.0))
+    return how, replace(how, spill=SpillPlan(folder, 1, examples, 1, 1.0, 2.0))
 
 
 def same(one, other, tolerance=1e-12):
@@ -108,6 +110,17 @@ def test_what_the_definition_serves_does_not_wait_in_the_file(tmp_path):
     )
     assert one.services["odd"] is Service.DEFINITION
     same(one, other)
+
+
+@pytest.mark.parametrize("family", ["bert", "cnn", "t5"])
+def test_batches_may_be_cut_where_a_whole_one_has_no_room(family, tmp_path):
+    model, whole = BY_NAME[family].build(), BY_NAME[family].inputs(7)
+    batches = [take(whole, slice(i, j)) for i, j in ((0, 3), (3, 4), (4, 7))]
+    cut = lambda k: planned(model, batches, 2, EVERYTHING, tmp_path, examples=k)
+    passed = compute_as_planned(model, batches, cut(1)[0], spaces=EVERYTHING)
+    for k in (1, 2, 3, 4):
+        found = compute_as_planned(model, batches, cut(k)[1], spaces=EVERYTHING)
+        same(found, passed)
 
 
 @pytest.mark.parametrize("kind", ["signgd", "asymmetric_signgd"])
@@ -237,6 +250,10 @@ def test_a_file_is_planned_where_it_takes_less_time(
     if spills:
         assert how.spill.seconds < how.spill.spared
         assert how.spill.held <= how.peak <= how.budget
+        assert how.spill.examples == 2
+        less = short(tmp_path, 60_000)
+        assert less.spill.examples == 1
+        assert less.spill.held < how.spill.held
 
 
 def test_there_is_none_without_need_or_room(short, monkeypatch, tmp_path):
@@ -263,12 +280,17 @@ def test_the_plan_as_text_names_the_file(short, monkeypatch, tmp_path):
     assert Estimate.of(model, batches, slow).seconds > 100
 
 
-def test_rates_are_measured_once(tmp_path, monkeypatch):
+def test_rates_are_measured_once_a_day(tmp_path, monkeypatch):
     first = Rates.of(tmp_path / "new", torch.device("cpu"))
     assert min(first.multiply_adds, first.written, first.read) > 0
     with monkeypatch.context() as patch:
         patch.setattr(rates, "_disk", lambda folder: pytest.fail("measured again"))
         assert Rates.of(tmp_path / "new", torch.device("cpu")) == first
+    with monkeypatch.context() as patch:
+        later = rates.time.time() + 2 * rates.DAY
+        patch.setattr(rates.time, "time", lambda: later)
+        patch.setattr(rates, "_disk", lambda folder: (1.0, 2.0))
+        assert Rates.of(tmp_path / "new", torch.device("cpu")).read == 2.0
     path = tmp_path / "new" / rates.FILE
     for damaged in ("{", "[1]", '{"some other machine": {}}'):
         path.write_text(damaged)
