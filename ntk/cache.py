@@ -30,7 +30,7 @@ from ntk.maps import Maps
 from ntk.memory import Plan, SpillPlan
 from ntk.precision import Precision
 from ntk.storage import StorageError, load_kernels, save_kernels
-from rocoft.quantised import QuantisedLinear
+from rocoft.on_use import LinearOnUse
 
 __all__ = ["BusyError", "KernelCache", "content_key"]
 
@@ -87,8 +87,8 @@ def content_key(
     for name, tensor in state:
         _digest(digest, name, tensor)
     for name, module in model.named_modules():
-        if isinstance(module, QuantisedLinear):
-            _digest(digest, name, module.dequantised())
+        if isinstance(module, LinearOnUse):
+            _digest(digest, name, module.base_values())
     for batch in batches:
         named = batch if isinstance(batch, Mapping) else {"": batch}
         for name, value in named.items():

@@ -89,6 +89,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
             device=options.device if processes is None else str(processes.device),
             dtype=getattr(torch, options.dtype),
             load_in=options.load_in,
+            offload=options.offload,
         )
         if not quiet:
             for line in _opening(split, backbone):

@@ -48,7 +48,7 @@ from ntk.spaces import Space
 from ntk.spilling import Spill, Spilled
 from rocoft.architecture import Architecture
 from rocoft.console import Progress
-from rocoft.quantised import QuantisedLinear
+from rocoft.on_use import LinearOnUse
 
 __all__ = [
     "MemoryBudgetError",
@@ -519,11 +519,9 @@ def _activations(model: nn.Module, batches: Sequence[Batch]) -> int:
             note(use.inputs)
     largest = max((use.shape.numel() for use in recorder.uses), default=0)
     recorder.release()
-    whole = [
-        m.weight.numel() for m in model.modules() if isinstance(m, QuantisedLinear)
-    ]
+    whole = [m.weight.numel() for m in model.modules() if isinstance(m, LinearOnUse)]
     # Beside the graph a few gradients and outputs of layers live at a time, and one
-    # weight that is dequantised and then cast.
+    # weight that is brought and then cast.
     largest = 4 * largest + 2 * max(whole, default=0)
     return sum(kept.values()) + ENTRY * largest
 

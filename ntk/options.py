@@ -196,6 +196,13 @@ def build_parser() -> argparse.ArgumentParser:
         "weights never exist together (default: as --dtype says)",
     )
     add(
+        "--offload",
+        action="store_true",
+        help="leave the weights of linear layers in the host's memory and copy each to "
+        "--device as it is used, forward and backward: for models larger than a GPU "
+        "(default: the whole model is on --device)",
+    )
+    add(
         "--approximate",
         type=estimator,
         metavar="HOW",

@@ -23,7 +23,7 @@ BLOCK = 2**22
 """Bytes written and read at a time, about those of a factor."""
 BLOCKS = 16
 DAY = 86_400
-"""Seconds for which rates are kept: what was busy when they were measured may be idle."""
+"""Seconds that rates are kept: what was busy when they were measured may be idle."""
 CPU = torch.device("cpu")
 
 

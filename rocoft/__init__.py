@@ -5,6 +5,7 @@ from rocoft.backbone import Backbone, load_backbone
 from rocoft.config import RoCoFTConfig
 from rocoft.export import export_lora
 from rocoft.model import RoCoFTModel, calibrated
+from rocoft.offloaded import offloaded
 from rocoft.quantised import dequantised_on_use
 from rocoft.slices import parameter_count
 from rocoft.splits import few_shot, lmbff_split
@@ -22,6 +23,7 @@ __all__ = [
     "Backbone",
     "load_backbone",
     "dequantised_on_use",
+    "offloaded",
     # row/column fine-tuning as a method of peft
     "RoCoFTConfig",
     "RoCoFTModel",

@@ -92,8 +92,8 @@ class Architecture:
         """
         of = self.linear_weights.get(name)
         owner = self._modules[of.module] if of is not None else None
-        dequantised: Callable[[], Tensor] | None = getattr(owner, "dequantised", None)
-        return self.parameters[name] if dequantised is None else dequantised()
+        brought: Callable[[], Tensor] | None = getattr(owner, "base_values", None)
+        return self.parameters[name] if brought is None else brought()
 
     @cached_property
     def targets(self) -> dict[str, LinearWeight]:
@@ -222,7 +222,7 @@ def _weight(module: nn.Module) -> tuple[Tensor | None, int]:
     """Return a linear module's weight and the dimension of its output features."""
     if isinstance(module, nn.MultiheadAttention):
         return module.in_proj_weight, 0
-    if isinstance(module, nn.Linear) or hasattr(module, "dequantised"):
+    if isinstance(module, nn.Linear) or hasattr(module, "base_values"):
         assert isinstance(module.weight, Tensor)
         return module.weight, 0
     if isinstance(module, Conv1D):

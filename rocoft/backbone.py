@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from rocoft.architecture import Architecture
+from rocoft.offloaded import offloaded
 from rocoft.pretrained import (
     EMBEDDED_NAME,
     BackboneError,
@@ -162,6 +163,7 @@ def load_backbone(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     load_in: Bits | None = None,
+    offload: bool = False,
 ) -> Backbone:
     """Load a pretrained model and read it out for a task.
 
@@ -177,6 +179,8 @@ def load_backbone(
         dtype: Of its parameters.
         load_in: How bitsandbytes quantises its linear layers (``"4bit"``: NF4); their
             weights are dequantised as they are used. None means not at all.
+        offload: Whether the weights of its linear layers stay in the host's memory and
+            are brought to the device as they are used, see `rocoft.offloaded`.
 
     Returns:
         The backbone, in evaluation mode.
@@ -196,6 +200,11 @@ def load_backbone(
             f"readout={readout!r} needs a prompt; task {split.task.name!r} has none. "
             "Use readout='head', or give --template and --label-words."
         )
+    if offload and load_in is not None:
+        raise BackboneError(
+            f"load_in={load_in!r} keeps the weights on the device, offload=True does "
+            "not. Choose one of them."
+        )
     check_device(device)
     how = weight_options(dtype, load_in, device)
     torch_state = torch.get_rng_state()
@@ -214,7 +223,12 @@ def load_backbone(
         torch.set_rng_state(torch_state)
     allow_padding(tokenizer, module)
     limit = length_limit(config, tokenizer)
-    if load_in is None:
+    if offload:
+        made = [module.get_submodule(name.rpartition(".")[0]) for name in fresh]
+        # Label words are rows of the output layer, which must be there to be picked.
+        read = [module.get_output_embeddings()] if readout != "head" else []
+        module = offloaded(module, device, keep=[*made, *read])
+    elif load_in is None:
         module = module.to(device)
     else:
         module = dequantised_on_use(module)
@@ -224,6 +238,8 @@ def load_backbone(
         *(name, module.eval(), tokenizer, readout, bool(fresh)),
         *(prompt if readout != "head" else None, min(max_length, limit)),
     )
+    if offload:
+        backbone.notes.append("weights of linear layers are in the host's memory")
     if max_length > limit:
         backbone.notes.append(
             f"max_length={max_length} is over the model's limit {limit}"

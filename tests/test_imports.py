@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROCOFT = """
-architecture selection tasks splits readouts config functional slices quantised
-pretrained backbone layer model export metrics console files meter methods anchor
-checkpoints search readout_trainer trainer language sft options results train
+architecture selection tasks splits readouts config functional slices on_use quantised
+offloaded pretrained backbone layer model export metrics console files meter methods
+anchor checkpoints search readout_trainer trainer language sft options results train
 """
 NTK = """
 function maps spaces resolution notation precision factors positions contraction rules
