@@ -27,8 +27,9 @@ from ntk.engine import KernelResult
 from ntk.function import Batch
 from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
-from ntk.memory import Plan, SpillPlan
+from ntk.memory import Plan
 from ntk.precision import Precision
+from ntk.spill_plan import SpillPlan
 from ntk.storage import StorageError, load_kernels, save_kernels
 from rocoft.on_use import LinearOnUse
 
@@ -154,18 +155,20 @@ class KernelCache:
             yield
 
     def load(
-        self, how: Plan, resolved: Mapping[str, Maps]
+        self, how: Plan, resolved: Mapping[str, Maps], spill: Path | None = None
     ) -> tuple[Plan, int, KernelResult]:
         """Return what has been done.
 
         Args:
             how: What would be done.
             resolved: The maps of every space.
+            spill: Folder for a file of what passes leave, as in `memory.plan`.
 
         Returns:
             The plan to follow, how many of its steps are done, and their sums. That is
             the given plan from its start where nothing, or nothing whole, is there, or
-            where the earlier plan would hold more than this budget.
+            where the earlier plan would hold more than this budget, or needs a file for
+            which there is no folder or room.
         """
         nothing = how, 0, KernelResult({})
         if not self.path.is_file():
@@ -178,7 +181,7 @@ class KernelCache:
                 chunks=tuple(_chunk(each, resolved) for each in state["chunks"]),
                 columns=tuple(map(tuple, state["columns"])),
                 left_bytes=state["left_bytes"],
-                spill=_spill(state["spill"]),
+                spill=_spill(state.get("spill"), spill or self.folder),
             )
             done = int(state["done"])
             result = KernelResult(
@@ -193,7 +196,9 @@ class KernelCache:
                 f"computed again ({error})"
             )
             return nothing
-        if done < earlier.parts and earlier.peak > how.budget:
+        if done < earlier.parts and (
+            earlier.peak > how.budget or not _has_room(earlier.spill, spill)
+        ):
             return nothing
         self.found = done
         return earlier, done, result
@@ -249,15 +254,20 @@ def _indices(chunk: Chunk, resolved: Mapping[str, Maps]) -> dict[str, Any]:
 
 
 def _spill_state(how: SpillPlan | None) -> dict[str, Any] | None:
-    """Return the plan of a file as JSON knows it."""
-    return None if how is None else {**asdict(how), "folder": str(how.folder)}
-
-
-def _spill(state: Mapping[str, Any] | None) -> SpillPlan | None:
-    """Return the plan that `_spill_state` wrote."""
-    if state is None:
+    """Return the plan of a file as JSON knows it, but for where it is."""
+    if how is None:
         return None
-    return SpillPlan(**{**state, "folder": Path(state["folder"])})
+    return {name: value for name, value in asdict(how).items() if name != "folder"}
+
+
+def _spill(state: Mapping[str, Any] | None, folder: Path) -> SpillPlan | None:
+    """Return the plan that `_spill_state` wrote."""
+    return None if state is None else SpillPlan(folder, **state)
+
+
+def _has_room(how: SpillPlan | None, folder: Path | None) -> bool:
+    """Whether there is a folder with room for a file, if a plan has one."""
+    return how is None or (folder is not None and how.fits(folder))
 
 
 def _chunk(state: Mapping[str, Any], resolved: Mapping[str, Maps]) -> Chunk:

@@ -28,6 +28,8 @@ from rocoft.architecture import Architecture, LinearWeight
 from rocoft.console import Progress
 
 Item = TypeVar("Item", bound=Hashable)
+ENTRY = 4
+"""Bytes of a number that a pass keeps, of float32."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ class PassSize:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one pass over all examples serves.
+    """What one pass over all examples serves, or one part of what a pass left.
 
     Attributes:
         spaces: For each space that it serves a part of, the maps of that part.
-        entries: Numbers of features and factors that the pass keeps.
+        entries: Numbers of features and factors that it takes.
     """
 
     spaces: Mapping[str, Maps]
@@ -138,6 +140,7 @@ def compute_chunk(
     left_bytes: int = LEFT_BYTES,
     processes: Processes | None = None,
     spilled: Spilled | None = None,
+    sample: Batch | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute what one pass adds to the kernels.
@@ -154,6 +157,7 @@ def compute_chunk(
         left_bytes: As in `kernel.compute`.
         processes: As in `kernel.compute`.
         spilled: As in `kernel.compute`.
+        sample: As in `kernel.compute`.
         progress: As in `kernel.compute`.
 
     Returns:
@@ -170,6 +174,7 @@ def compute_chunk(
         left_bytes=left_bytes,
         processes=processes,
         spilled=spilled,
+        sample=sample,
         progress=progress,
     )
 
@@ -228,9 +233,10 @@ class _Parameter:
         spaces: dict[str, Maps] = {
             str(i): {self.name: (each,)} for i, each in enumerate(maps)
         }
-        return sum(self._kept(job.stored, size) for job in jobs(spaces))
+        return sum(self.kept(job.stored, size) for job in jobs(spaces))
 
-    def _kept(self, stored: Map, size: PassSize) -> int:
+    def kept(self, stored: Map, size: PassSize) -> int:
+        """Return what a pass keeps of one stored map."""
         if not isinstance(stored, Whole) or len(self.shape) < 2:
             return size.features(stored.size(self.shape))
         if self.of is not None:
@@ -292,6 +298,40 @@ def chunks(
                     own[parameter.name] = (*own.get(parameter.name, ()), each)
         found.append(Chunk(chunk, sum(sizes[key] for key in group)))
     return found
+
+
+def rounded_down(amount: int) -> int:
+    """Return the largest 4, 5, 6 or 7 times a power of two that is no more, or 0.
+
+    Args:
+        amount: Of memory, of which a little more or less should change nothing.
+    """
+    if amount < 4:
+        return max(amount, 0)
+    step = 1 << (amount.bit_length() - 3)
+    return amount // step * step
+
+
+def kept_entries(
+    parts: Sequence[Chunk], architecture: Architecture, size: PassSize
+) -> int:
+    """Return what one pass keeps that serves several chunks, each as it is served.
+
+    Args:
+        parts: The chunks.
+        architecture: The model that they are of.
+        size: Of the pass.
+
+    Returns:
+        Numbers of features and factors.
+    """
+    found = {job.key: job for part in parts for job in jobs(part.spaces)}
+    total = 0
+    for job in found.values():
+        shape = architecture.parameters[job.name].shape
+        of = architecture.linear_weights.get(job.name)
+        total += _Parameter(job.name, shape, of, {}).kept(job.stored, size)
+    return total
 
 
 def count_positions(batch: Batch) -> int:

@@ -103,7 +103,7 @@ class Computation:
             if cache is not None and (processes is None or processes.is_first):
                 kept = KernelCache(cache, key)
             how, result = _by_plan(
-                compared, kind, precision, how, kept, processes, progress
+                compared, kind, precision, how, kept, spill, processes, progress
             )
         else:
             result = compute(
@@ -133,6 +133,7 @@ def _by_plan(
     precision: Precision,
     how: Plan,
     kept: KernelCache | None,
+    spill: Path | None,
     processes: Processes | None,
     progress: Progress | None,
 ) -> tuple[Plan, KernelResult]:
@@ -142,7 +143,7 @@ def _by_plan(
     with nullcontext() if kept is None else kept.held():
         done, found = 0, KernelResult({})
         if kept is not None:
-            how, done, found = kept.load(how, resolved)
+            how, done, found = kept.load(how, resolved, spill)
             keep = lambda number, sums: kept.store(how, resolved, number, sums)
         if processes is not None:
             how, done, found = processes.broadcast((how, done, found), 0)

@@ -87,6 +87,8 @@ class Engine:
         how: The contraction.
         progress: Called as the work goes on.
         left_bytes: What is stored of left examples at a time.
+        sample: Examples by which it is found out how parameters are served; None means
+            the first batch of several.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Engine:
         how: Contraction,
         progress: Progress | None,
         left_bytes: int = LEFT_BYTES,
+        sample: Batch | None = None,
     ) -> None:
         self.function = function
         self.left, self.right = left, right
@@ -108,6 +111,7 @@ class Engine:
         self.how = how
         self.progress = progress
         self.left_bytes = left_bytes
+        self.sample = passes.sample(left, right) if sample is None else sample
         self.outputs = 1
         self.jobs = {job.key: job for job in jobs(maps)}
         self.shapes = {n: p.shape for n, p in function.parameters.items()}
@@ -126,7 +130,7 @@ class Engine:
         if by_factors:
             verdicts = self.services(names)
         else:
-            coverage.check_alone(self.function, passes.sample(self.left, self.right))
+            coverage.check_alone(self.function, self.sample)
             verdicts = dict.fromkeys(names, Verdict(Service.DEFINITION))
         sums = self.accumulated(verdicts)
         served = {name: verdict.service for name, verdict in verdicts.items()}
@@ -141,8 +145,7 @@ class Engine:
         Returns:
             The verdicts.
         """
-        sample = passes.sample(self.left, self.right)
-        return coverage.services(self.function, sample, names)
+        return coverage.services(self.function, self.sample, names)
 
     def run_products(self) -> KernelResult:
         """Compute every space's Gram matrix by NTK-vector products.
@@ -150,7 +153,7 @@ class Engine:
         Returns:
             The Gram matrices as kernels.
         """
-        coverage.check_alone(self.function, passes.sample(self.left, self.right))
+        coverage.check_alone(self.function, self.sample)
         total = len(self.maps) * sum(map(batch_length, self.right))
         counter = Counter("NTK-vector products", total, self.progress)
         kernels = {

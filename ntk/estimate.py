@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ntk.capture import backward, record
-from ntk.chunks import count_positions
+from ntk.chunks import ENTRY, count_positions
 from ntk.contraction import Operations
 from ntk.function import Batch, NetworkFunction, batch_length, evaluating
 from ntk.maps import Whole
-from ntk.memory import ENTRY, Plan, in_units
+from ntk.memory import Plan, in_units
 from ntk.yardsticks import multiply_adds_per_second
 from rocoft.architecture import Architecture
 

@@ -1,11 +1,14 @@
 """A file for what passes leave of examples, where memory has no room for it.
 
-Tensors are appended one after another, at addresses that processors like, and mapped
-into memory when they are read. The file has no name once it is open, so that whatever
-ends the process frees the disk, too.
+Tensors are appended one after another, at addresses that processors like. Reading maps
+the file once for all that is asked for, and takes the memory of what is looked at; that
+goes with the last tensor. The file has no name once it is open, so that whatever ends
+the process frees the disk, too.
 """
 
+import errno
 import mmap
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +20,17 @@ import torch
 from torch import Tensor
 
 from ntk.factors import Factor, Vector
-from ntk.features import Stored, tensors_of
+from ntk.features import Stored
 from ntk.storage import StorageError
 
 __all__ = ["FactorFile", "Piece"]
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ALIGNMENT = 64
 """Bytes whose multiples tensors begin at, as those in memory do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where a tensor is in the file, and where it came from."""
 
@@ -40,7 +44,7 @@ class _Place:
         return self.shape.numel() * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Kept:
     """A factor whose tensors are in the file."""
 
@@ -48,17 +52,27 @@ class _Kept:
     fields: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """What some examples left of one parameter and map, in the file.
 
     Attributes:
         what: Features, or the factors of a batch.
-        bytes: What it takes in memory.
     """
 
     what: _Place | list[_Kept]
-    bytes: int
+
+    @property
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """What each of its tensors takes (bytes), by its place, which several share."""
+        fields = (
+            [self.what]
+            if isinstance(self.what, _Place)
+            else [value for kept in self.what for value in kept.fields.values()]
+        )
+        several = (f if isinstance(f, tuple) else (f,) for f in fields)
+        places = (each for some in several for each in some if isinstance(each, _Place))
+        return {(place.start, place.bytes): place.bytes for place in places}
 
 
 class FactorFile:
@@ -91,11 +105,6 @@ class FactorFile:
         self._shared.clear()
         self._file.close()
 
-    @property
-    def bytes(self) -> int:
-        """What has been written."""
-        return self._end
-
     def begin(self) -> None:
         """Begin with a batch, whose factors share no tensors with the one before."""
         self._shared.clear()
@@ -112,9 +121,8 @@ class FactorFile:
         Raises:
             StorageError: If the disk is full.
         """
-        size = sum(tensor.nbytes for tensor in tensors_of(stored))
         if isinstance(stored, Tensor):
-            return Piece(self._append(stored), size)
+            return Piece(self._append(stored))
         (batch,) = stored
         kept = [
             _Kept(
@@ -123,7 +131,7 @@ class FactorFile:
             )
             for factor in batch
         ]
-        return Piece(kept, size)
+        return Piece(kept)
 
     def read(self, pieces: Sequence[Piece]) -> Stored:
         """Return what several batches left, as if it had never been in a file.
@@ -135,37 +143,28 @@ class FactorFile:
             Features ``(c, n, p)`` if all are features, in memory of their own; else
             factors, whose tensors are mapped from the file.
         """
+        view = self._view()
         places = [each.what for each in pieces if isinstance(each.what, _Place)]
         if len(places) == len(pieces):
-            return self._joined(places)
+            return _joined(places, view)
         return [
-            [Vector(self._mapped(each.what))]
+            [Vector(_mapped(each.what, view))]
             if isinstance(each.what, _Place)
-            else [self._factor(kept) for kept in each.what]
+            else [_factor(kept, view) for kept in each.what]
             for each in pieces
         ]
 
-    def _joined(self, places: Sequence[_Place]) -> Tensor:
-        """Copy features one batch after another, no more than one of them twice."""
-        c, _, p = places[0].shape
-        n = sum(place.shape[1] for place in places)
-        dtype = places[0].dtype
-        for place in places[1:]:
-            dtype = torch.promote_types(dtype, place.dtype)
-        found = torch.empty(c, n, p, dtype=dtype, device=places[0].device)
-        start = 0
-        for place in places:
-            found[:, start : start + place.shape[1]] = self._mapped(place)
-            start += place.shape[1]
-        return found
-
-    def _factor(self, kept: _Kept) -> Factor:
-        return kept.kind(**{k: self._value(v) for k, v in kept.fields.items()})
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(self._value, value))
-        return self._mapped(value) if isinstance(value, _Place) else value
+    def _view(self) -> mmap.mmap | None:
+        """Map the whole file; what is written to the view does not go to the file."""
+        try:
+            file = self._file.fileno()
+            size = os.fstat(file).st_size
+            return mmap.mmap(file, size, access=mmap.ACCESS_COPY) if size else None
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"what waits to be contracted in {str(self.folder)!r} cannot be read: "
+                f"{error}. Use --no-spill, which runs more passes instead."
+            ) from error
 
     def _written(self, value: Any) -> Any:
         if isinstance(value, tuple):
@@ -193,26 +192,48 @@ class FactorFile:
         self._end += place.bytes
         return place
 
-    def _mapped(self, place: _Place) -> Tensor:
-        """Map a tensor into memory; what is written to it does not go to the file."""
-        if not place.shape.numel():
-            return torch.empty(place.shape, dtype=place.dtype, device=place.device)
-        first = place.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        skip = place.start - first
-        view = mmap.mmap(
-            self._file.fileno(),
-            skip + place.bytes,
-            access=mmap.ACCESS_COPY,
-            offset=first,
-        )
-        count = place.shape.numel()
-        flat = torch.frombuffer(view, dtype=place.dtype, count=count, offset=skip)
-        return flat.view(place.shape).to(place.device)
-
     def _failed(self, error: OSError) -> StorageError:
+        if error.errno in FULL:
+            return StorageError(
+                f"{str(self.folder)!r} has no room for what waits to be contracted, "
+                f"{self._end / 2**30:.2g} GiB so far. Free some, choose another folder "
+                "with --output, or use --no-spill, which runs more passes instead."
+            )
         return StorageError(
-            f"{str(self.folder)!r} has no room for what waits to be contracted, "
-            f"{self._end / 2**30:.2g} GiB so far ({error.strerror}). Free some, choose "
-            "another folder with --output, or use --no-spill, which runs more passes "
-            "instead."
+            f"no file for what waits to be contracted in {str(self.folder)!r}: "
+            f"{error.strerror}. Choose another folder with --output, or use "
+            "--no-spill, which runs more passes instead."
         )
+
+
+def _joined(places: Sequence[_Place], view: mmap.mmap | None) -> Tensor:
+    """Copy features one batch after another."""
+    c, _, p = places[0].shape
+    n = sum(place.shape[1] for place in places)
+    dtype = places[0].dtype
+    for place in places[1:]:
+        dtype = torch.promote_types(dtype, place.dtype)
+    found = torch.empty(c, n, p, dtype=dtype, device=places[0].device)
+    start = 0
+    for place in places:
+        found[:, start : start + place.shape[1]] = _mapped(place, view)
+        start += place.shape[1]
+    return found
+
+
+def _factor(kept: _Kept, view: mmap.mmap | None) -> Factor:
+    def value(field: Any) -> Any:
+        if isinstance(field, tuple):
+            return tuple(map(value, field))
+        return _mapped(field, view) if isinstance(field, _Place) else field
+
+    return kept.kind(**{name: value(field) for name, field in kept.fields.items()})
+
+
+def _mapped(place: _Place, view: mmap.mmap | None) -> Tensor:
+    """Return a tensor whose memory is the file's; on a GPU a copy."""
+    count = place.shape.numel()
+    if not count or view is None:
+        return torch.empty(place.shape, dtype=place.dtype, device=place.device)
+    flat = torch.frombuffer(view, dtype=place.dtype, count=count, offset=place.start)
+    return flat.view(place.shape).to(place.device)

@@ -241,17 +241,12 @@ def stored_bytes(stored: Iterable[Stored]) -> int:
     Args:
         stored: Of any parameters. What several of them share is counted once.
     """
-    tensors = [t for each in stored for t in tensors_of(each)]
+    tensors = [t for each in stored for t in _tensors(each)]
     held = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
     return sum(held.values())
 
 
-def tensors_of(stored: Stored) -> list[Tensor]:
-    """Return all tensors of features or factors.
-
-    Args:
-        stored: Of one parameter and map.
-    """
+def _tensors(stored: Stored) -> list[Tensor]:
     if isinstance(stored, Tensor):
         return [stored]
     factors = [factor for batch in stored for factor in batch]

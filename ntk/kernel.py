@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ntk.contraction import Contraction
 from ntk.engine import LEFT_BYTES, Engine, KernelResult
 from ntk.function import (
+    Batch,
     Inputs,
     NetworkFunction,
     Readout,
@@ -171,6 +172,7 @@ def compute(
     left_bytes: int = LEFT_BYTES,
     processes: Processes | None = None,
     spilled: Spilled | None = None,
+    sample: Batch | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
     """Compute kernels as `empirical_ntk` does and say how.
@@ -194,6 +196,8 @@ def compute(
         spilled: A file that what passes leave is read from, and that is filled by
             them if it has not been; of one process and ``"factors"``. None means that
             it is kept in memory.
+        sample: Examples by which it is found out how parameters are served; None means
+            the first batch of several.
         progress: Called as the work goes on.
 
     Returns:
@@ -233,7 +237,9 @@ def compute(
             "'jacobian', or one process."
         )
     with evaluating(model):
-        what = (function, left, right, maps, how, progress, left_bytes)
+        if sample is not None:
+            (sample,) = to_batches(sample, device)
+        what = (function, left, right, maps, how, progress, left_bytes, sample)
         if processes is not None:
             engine: Engine = ShardedEngine(processes, *what)
         elif spilled is not None:

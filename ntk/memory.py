@@ -15,8 +15,7 @@ time by the rates of this machine.
 import contextlib
 import ctypes
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ntk.capture import record
 from ntk.chunks import (
+    ENTRY,
     Chunk,
     PassSize,
     add,
@@ -33,18 +33,20 @@ from ntk.chunks import (
     compute_chunk,
     count_positions,
     packed,
+    rounded_down,
 )
 from ntk.contraction import block_entries
 from ntk.engine import KernelResult
 from ntk.factor_file import FactorFile
-from ntk.function import Batch, NetworkFunction, batch_length, evaluating, take
+from ntk.function import Batch, NetworkFunction, batch_length, evaluating
 from ntk.kernel import Kind, Reduction
 from ntk.maps import Maps
+from ntk.passes import sample
 from ntk.precision import Precision
 from ntk.processes import Processes
-from ntk.rates import Rates, room_on_disk
 from ntk.resolution import resolve
 from ntk.spaces import Space
+from ntk.spill_plan import SpillPlan, Work
 from ntk.spilling import Spill, Spilled
 from rocoft.architecture import Architecture
 from rocoft.console import Progress
@@ -53,7 +55,6 @@ from rocoft.on_use import LinearOnUse
 __all__ = [
     "MemoryBudgetError",
     "Plan",
-    "SpillPlan",
     "compute_as_planned",
     "held",
     "in_units",
@@ -65,39 +66,14 @@ SHARE = 0.8
 """Share of the free memory that is taken unless a budget is given."""
 SLACK = 0.05
 """Share of a budget that is left alone: allocators keep some of what was freed."""
-FIRST = slice(0, 1)
 SUMS = 4
 """Copies of the kernels at the end: sums, in another order, one being copied."""
-ENTRY = 4
-"""Bytes of a number that a pass keeps, of float32."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 class MemoryBudgetError(ValueError):
     """A budget in which the work cannot be done."""
-
-
-@dataclass(frozen=True)
-class SpillPlan:
-    """What waits in a file instead of being computed again.
-
-    Attributes:
-        folder: Of the file.
-        bytes: What the file takes.
-        examples: Most examples in a pass: batches are cut smaller if what a whole one
-            leaves has no room.
-        held: What is held of one pass until it is written, in bytes.
-        seconds: About what writing and reading take.
-        spared: About what the passes take that are not run again, in seconds.
-    """
-
-    folder: Path
-    bytes: int
-    examples: int
-    held: int
-    seconds: float
-    spared: float
 
 
 @dataclass(frozen=True)
@@ -237,9 +213,9 @@ def _plan(
         examples=max(sum(batch_length(batches[i]) for i in some) for some in columns),
         positions=sum(positions[i] for i in most),
     )
-    # A round number, unless one map alone is more: passes do not depend on a little
-    # memory, so that the same command has the same plan and the same last digits.
-    limit = max(_rounded_down(room), _largest(resolved, architecture, size))
+    # A round number, unless one map alone is more: parts do not depend on a little
+    # memory, so that the same command has the same ones and the same last digits.
+    limit = max(rounded_down(room), _largest(resolved, architecture, size))
     parts = chunks(resolved, architecture, size, limit // ENTRY)
     if (kept := ENTRY * max(part.entries for part in parts)) > room:
         need = (budget * (1 - SLACK) - free + kept * (free / room if room else 2)) / (
@@ -254,8 +230,9 @@ def _plan(
         )
     waiting = None
     if spill is not None and len(parts) * len(columns) > 1:
-        work = _Work(architecture, resolved, batches, parts, len(columns))
-        waiting = work.spilled(spill, whole, device, room)
+        left_bytes = rounded_down(free - room)
+        work = Work(architecture, batches, right, parts, len(columns), left_bytes)
+        waiting = work.spilled(spill, whole, device, rounded_down(room))
     return Plan(
         budget=budget,
         held=before,
@@ -264,67 +241,11 @@ def _plan(
         workspace=workspace,
         chunks=tuple(parts),
         columns=tuple(map(tuple, columns)),
-        left_bytes=_rounded_down(free - room),
+        left_bytes=rounded_down(free - room),
         examples=(n, m),
         outputs=whole.outputs,
         spill=waiting,
     )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What passes have to do, to find out whether a file spares some of it."""
-
-    architecture: Architecture
-    resolved: Mapping[str, Maps]
-    batches: Sequence[Batch]
-    parts: Sequence[Chunk]
-    columns: int
-
-    def spilled(
-        self, folder: Path, size: PassSize, device: torch.device, room: int
-    ) -> SpillPlan | None:
-        """Return what a file would hold, if it can and takes less time than passes."""
-        try:
-            rates = Rates.of(folder, device)
-        except OSError:
-            return None
-        largest = max(self.batches, key=count_positions)
-        n = max(map(batch_length, self.batches))
-        one = ENTRY * self._entries(
-            replace(size, examples=1, positions=count_positions(take(largest, FIRST)))
-        )
-        needed = ENTRY * self._entries(size)
-        if one > room or needed > SHARE * room_on_disk(folder):
-            return None
-        examples = min(n, 1 << (room // one).bit_length() - 1)
-        # The right examples are read once, those beside them for each of their parts.
-        files = needed * (1 / rates.written + self.columns / rates.read)
-        spared = self._spared(size) / rates.multiply_adds
-        if files >= spared:
-            return None
-        return SpillPlan(folder, needed, examples, examples * one, files, spared)
-
-    def _entries(self, size: PassSize) -> int:
-        """Return what one pass for all parts keeps."""
-        whole = chunks(self.resolved, self.architecture, size, sys.maxsize)
-        return sum(chunk.entries for chunk in whole)
-
-    def _spared(self, size: PassSize) -> float:
-        """Return the multiply-adds of linear layers in all passes but one."""
-        numbers = {name: i for i, name in enumerate(self.architecture.parameters)}
-        weights = {
-            numbers[name]: of.inputs * of.outputs
-            for name, of in self.architecture.linear_weights.items()
-        }
-
-        def of_pass(part: Chunk) -> float:
-            first = min(numbers[name] for maps in part.spaces.values() for name in maps)
-            back = sum(cost for i, cost in weights.items() if i >= first)
-            return sum(weights.values()) + size.outputs * back
-
-        each = [of_pass(part) for part in self.parts]
-        return size.positions * (self.columns * sum(each) - max(each))
 
 
 def compute_as_planned(
@@ -341,7 +262,7 @@ def compute_as_planned(
     processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> KernelResult:
-    """Compute kernels as `kernel.compute` does, pass by pass.
+    """Compute kernels as `kernel.compute` does, part by part.
 
     Args:
         model: As in `plan`.
@@ -360,7 +281,11 @@ def compute_as_planned(
         The kernels and their provenance. The same plan gives the same bits.
     """
     result, done = (KernelResult({}), 0) if start is None else start
-    told = progress if 2 * how.peak < how.budget else _returning_memory(progress)
+    told = progress
+    if 2 * how.peak >= how.budget:
+        # What a file is read into is as large as what a batch leaves.
+        freeing = {"passes"} if how.spill is None else {"passes", "contractions"}
+        told = _returning_memory(progress, freeing)
     steps = [(some, chunk) for some in how.columns for chunk in how.chunks]
     with contextlib.ExitStack() as stack:
         spill = None
@@ -382,6 +307,7 @@ def compute_as_planned(
                 left_bytes=how.left_bytes,
                 processes=processes,
                 spilled=None if spill is None else Spilled(spill, ordered),
+                sample=sample(batches),
                 progress=told,
             )
             if len(how.columns) > 1:
@@ -441,7 +367,7 @@ def in_units(amount: float) -> str:
     return f"{amount / 2**10:.3g} KiB"
 
 
-def _returning_memory(progress: Progress | None) -> Progress:
+def _returning_memory(progress: Progress | None, freeing: Collection[str]) -> Progress:
     """Have the allocator give back what a batch has freed, before the next one.
 
     glibc keeps freed memory between blocks that are in use: a fifth of a budget was
@@ -449,6 +375,7 @@ def _returning_memory(progress: Progress | None) -> Progress:
 
     Args:
         progress: What is told of the work as well.
+        freeing: After steps of which kind.
 
     Returns:
         What is to be told of the work.
@@ -456,7 +383,7 @@ def _returning_memory(progress: Progress | None) -> Progress:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def told(what: str, done: int, total: int) -> None:
-        if trim is not None and what == "passes":
+        if trim is not None and what in freeing:
             trim(0)
         if progress is not None:
             progress(what, done, total)
@@ -480,14 +407,6 @@ def _widen(
         whole = kernel.new_zeros(*examples, *kernel.shape[2:])
         whole[rows, first : first + count] = kernel
         part.kernels[name] = whole
-
-
-def _rounded_down(amount: int) -> int:
-    """Return the largest 4, 5, 6 or 7 times a power of two that is no more, or 0."""
-    if amount < 4:
-        return max(amount, 0)
-    step = 1 << (amount.bit_length() - 3)
-    return amount // step * step
 
 
 def _free(device: torch.device) -> int:

@@ -227,8 +227,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="let what --memory has no room for wait in a file in DIR/.cache, if that "
         "is faster on this machine than more passes and the disk has room; the file "
-        "goes when the command ends, several processes have none, and the kernels are "
-        "the same (default: yes)",
+        "goes when the kernels are done or the command ends, and several processes "
+        "have none (default: yes)",
     )
     add(
         "--plan",

@@ -73,14 +73,18 @@ def room_on_disk(folder: Path) -> int:
     """Return the bytes that a folder's disk has free; a disk in memory has none.
 
     Args:
-        folder: One that is there.
+        folder: Any; of one that is not there yet, its nearest parent's.
     """
     place = folder.resolve()
-    mounts = {
-        Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)
-    }
-    kind = next((mounts[at] for at in (place, *place.parents) if at in mounts), "")
-    return 0 if kind in {"tmpfs", "ramfs"} else shutil.disk_usage(place).free
+    above = [at for at in (place, *place.parents) if at.exists()]
+    mounts = {Path(p.mountpoint): p for p in psutil.disk_partitions(all=True)}
+    mount = next((mounts[at] for at in above if at in mounts), None)
+    if mount is not None and (
+        mount.fstype in {"tmpfs", "ramfs"}
+        or mount.device.startswith(("/dev/ram", "/dev/zram"))
+    ):
+        return 0
+    return shutil.disk_usage(above[0]).free
 
 
 def _known(path: Path) -> dict[str, Any]:

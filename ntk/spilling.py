@@ -142,8 +142,11 @@ class SpilledStore(MutableMapping[Key, Stored]):
     @property
     def bytes(self) -> int:
         """What it would hold in memory."""
-        pieces = (p for k in self._keys for p in self.spill.pieces(k, self.batches))
-        return stored_bytes(self.memory.values()) + sum(p.bytes for p in pieces)
+        sizes: dict[tuple[int, int], int] = {}
+        for key in self._keys:
+            for piece in self.spill.pieces(key, self.batches):
+                sizes |= piece.sizes
+        return stored_bytes(self.memory.values()) + sum(sizes.values())
 
 
 class SpillingEngine(Engine):
@@ -188,7 +191,8 @@ class SpillingEngine(Engine):
             for i in range(0, batch_length(batch), step)
         ]
         lengths = list(map(batch_length, batches))
-        kinds = {v.service for v in verdicts.values()} - {Service.UNUSED}
+        unpassed = {Service.UNUSED, Service.DEFINITION}
+        kinds = {v.service for v in verdicts.values()} - unpassed
         counter = Counter("passes", sum(lengths) * max(1, len(kinds)), self.progress)
 
         def collect(service: Service, names: set[str]) -> Features:

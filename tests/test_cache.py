@@ -19,6 +19,7 @@ from ntk.kernel import compute
 from ntk.memory import compute_as_planned
 from ntk.resolution import resolve
 from ntk.spaces import Bias, Columns, Full, LoRA, Rows
+from ntk.spill_plan import SpillPlan
 from ntk.storage import StorageError, load_kernels, save_kernels
 
 SPACES = {
@@ -47,7 +48,7 @@ def many_passes(model, batches, right=2):
 def run(model, batches, cache, how, resolved, stop_after=None):
     """Compute with a cache; stop after some passes as an exception does."""
     with cache.held():
-        how, done, found = cache.load(how, resolved)
+        how, done, found = cache.load(how, resolved, cache.folder)
 
         def keep(number, sums):
             cache.store(how, resolved, number, sums)
@@ -92,7 +93,7 @@ def test_going_on_gives_the_bits_of_an_undisturbed_run(cache, tmp_path, stop, sp
     model, batches = example()
     how, resolved = many_passes(model, batches)
     if spills:
-        how = replace(how, spill=memory.SpillPlan(tmp_path, 1, 2, 1, 1.0, 2.0))
+        how = replace(how, spill=SpillPlan(tmp_path, 1, 2, 1, 1.0, 2.0))
     alone = KernelCache(tmp_path, "alone", seconds=0)
     whole = run(model, batches, alone, how, resolved)
     with pytest.raises(KeyboardInterrupt):
@@ -105,8 +106,35 @@ def test_going_on_gives_the_bits_of_an_undisturbed_run(cache, tmp_path, stop, sp
     finished = replace(cache)
     same(run(model, batches, finished, how, resolved, stop_after=1), whole)
     assert finished.found == how.parts
-    # What was begun with a file is gone on with one.
-    assert again.load(other, resolved)[0].spill == how.spill
+
+
+def test_what_was_begun_with_a_file_needs_a_folder_with_room(cache, tmp_path):
+    model, batches = example()
+    how, resolved = many_passes(model, batches)
+    how = replace(how, spill=SpillPlan(tmp_path / "old", 1, 2, 1, 1.0, 2.0))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, batches, cache, how, resolved, stop_after=2)
+    plain = replace(how, spill=None)
+    here = replace(how, spill=replace(how.spill, folder=tmp_path))
+    assert cache.load(plain, resolved, tmp_path)[:2] == (here, 2)
+    # Without a folder, or without room in it, the work begins anew.
+    assert cache.load(plain, resolved)[:2] == (plain, 0)
+    large = replace(how, spill=replace(how.spill, bytes=2**60))
+    other = replace(cache, key="large")
+    with pytest.raises(KeyboardInterrupt):
+        run(model, batches, other, large, resolved, stop_after=2)
+    assert other.load(plain, resolved, tmp_path)[1] == 0
+
+
+def test_kernels_kept_before_there_were_files_are_found(cache):
+    model, batches = example()
+    how, resolved = many_passes(model, batches)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, batches, cache, how, resolved, stop_after=2)
+    kernels, header = load_kernels(cache.path)
+    del header["state"]["spill"]
+    save_kernels(cache.path, kernels, header)
+    assert cache.load(how, resolved)[1] == 2
 
 
 def test_a_plan_that_would_hold_more_than_the_budget_is_not_followed(cache):

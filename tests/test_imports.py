@@ -18,7 +18,7 @@ function maps spaces resolution notation precision factors positions contraction
 capture coverage passes jacobian features jobs accumulator engine processes sharding
 storage factor_file spilling kernel approximation calibration importance certificate
 spectrum distance risk bounds agreement sampling evolution chunks yardsticks rates
-memory estimate cost route_cost cache layerwise layer_budget layer_selection
+spill_plan memory estimate cost route_cost cache layerwise layer_budget layer_selection
 kernel_classifier logistic classifiers asymmetric tuning linearize closed_form closeness
 closeness_bounds comparison computation measurement evaluation drawing cost_plots plots
 record_values findings report options compare bench_cases bench study protocol fewshot
