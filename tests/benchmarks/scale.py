@@ -1,6 +1,6 @@
 """A model of RoBERTa-base's size within a memory budget: peaks, times, growth with n.
 
-    python -m tests.benchmarks.scale               # about 12 minutes on two cores
+    python -m tests.benchmarks.scale               # about 15 minutes on two cores
     python -m tests.benchmarks.scale --sizes 8 16  # does it run?
     python -m tests.benchmarks.scale --draw figures/scale.json
 
@@ -145,7 +145,7 @@ def draw(record: Mapping[str, Any]) -> str:
         left.plot(sizes, limit, "k:", label=f"{record['limit']:g} (floor + operations)")
         for one in record["cases"]:
             if one["spaces"] == "thirty":
-                left.plot(one["n"], one["seconds"], "D", label="thirty spaces")
+                left.plot(one["n"], one["seconds"], "DC3", label="thirty spaces")
         left.set(xscale="log", yscale="log", xlabel="examples n", ylabel="seconds")
         left.set_xticks(sizes, [str(n) for n in sizes], minor=False)
         left.minorticks_off()
@@ -153,7 +153,7 @@ def draw(record: Mapping[str, Any]) -> str:
         right.plot(sizes, [one["peak_gib"] for one in full], "s-", label="full kernel")
         for one in record["cases"]:
             if one["spaces"] == "thirty":
-                right.plot(one["n"], one["peak_gib"], "D", label="thirty spaces")
+                right.plot(one["n"], one["peak_gib"], "DC3", label="thirty spaces")
         right.axhline(
             parse_bytes(record["memory"]) / GIB,
             color="k",
