@@ -5,8 +5,10 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,13 +38,15 @@ def example(n=6):
     return model, [{k: v[pair] for k, v in whole.items()} for pair in pairs]
 
 
-def many_passes(model, batches, right=2):
-    """Return a plan of several passes, whatever memory there is."""
+def many_passes(model, batches, right=2, *, spills=False):
+    """Return a plan of several parts, with a file or not, whatever memory there is."""
     how = memory.plan(model, batches, right, spaces=SPACES)
     resolved = resolve(SPACES, model)
     size = memory.PassSize.of(model, batches, "full")
     parts = memory.chunks(resolved, memory.Architecture(model), size, 5_000)
-    return replace(how, chunks=tuple(parts), columns=((0,), (1,))), resolved
+    file = SpillPlan(Path(tempfile.gettempdir()), 1, 2, 1, 1.0, 2.0)
+    how = replace(how, chunks=tuple(parts), columns=((0,), (1,)))
+    return replace(how, spill=file if spills else None), resolved
 
 
 def run(model, batches, cache, how, resolved, stop_after=None):
@@ -91,9 +95,7 @@ def test_several_columns_and_passes_are_the_whole_kernel(cache):
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_going_on_gives_the_bits_of_an_undisturbed_run(cache, tmp_path, stop, spills):
     model, batches = example()
-    how, resolved = many_passes(model, batches)
-    if spills:
-        how = replace(how, spill=SpillPlan(tmp_path, 1, 2, 1, 1.0, 2.0))
+    how, resolved = many_passes(model, batches, spills=spills)
     alone = KernelCache(tmp_path, "alone", seconds=0)
     whole = run(model, batches, alone, how, resolved)
     with pytest.raises(KeyboardInterrupt):
@@ -268,7 +270,7 @@ sys.path[:0] = {path!r}
 torch.set_num_threads(1)
 import test_cache as t
 model, batches = t.example()
-how, resolved = t.many_passes(model, batches)
+how, resolved = t.many_passes(model, batches, spills={spills})
 cache = t.KernelCache(t.sys.modules["pathlib"].Path({folder!r}), "key", seconds=0)
 keep = cache.store
 def slow(*args):
@@ -283,8 +285,11 @@ t.save_kernels(t.sys.modules["pathlib"].Path({folder!r}) / "result", result.kern
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_kernel_has_the_same_bits(tmp_path):
-    script = KILLED.format(path=[p for p in sys.path if p], folder=str(tmp_path))
+@pytest.mark.parametrize("spills", [False, True])
+def test_killed_at_random_moments_the_kernel_has_the_same_bits(tmp_path, spills):
+    script = KILLED.format(
+        path=[p for p in sys.path if p], folder=str(tmp_path), spills=spills
+    )
     command, moments = [sys.executable, "-c", script], random.Random(0)
     for _ in range(5):
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -301,7 +306,7 @@ def test_killed_at_random_moments_the_kernel_has_the_same_bits(tmp_path):
     torch.set_num_threads(1)
     try:
         model, batches = example()
-        how, resolved = many_passes(model, batches)
+        how, resolved = many_passes(model, batches, spills=spills)
         whole = run(model, batches, KernelCache(tmp_path, "whole"), how, resolved)
     finally:
         torch.set_num_threads(threads)
