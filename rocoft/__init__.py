@@ -5,7 +5,7 @@ from rocoft.backbone import Backbone, load_backbone
 from rocoft.config import RoCoFTConfig
 from rocoft.export import export_lora
 from rocoft.model import RoCoFTModel, calibrated
-from rocoft.offloaded import offloaded
+from rocoft.offloaded import keep_on_host
 from rocoft.quantised import dequantised_on_use
 from rocoft.slices import parameter_count
 from rocoft.splits import few_shot, lmbff_split
@@ -23,7 +23,7 @@ __all__ = [
     "Backbone",
     "load_backbone",
     "dequantised_on_use",
-    "offloaded",
+    "keep_on_host",
     # row/column fine-tuning as a method of peft
     "RoCoFTConfig",
     "RoCoFTModel",

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rocoft.architecture import Architecture
-from rocoft.offloaded import offloaded
+from rocoft.offloaded import keep_on_host
 from rocoft.pretrained import (
     EMBEDDED_NAME,
     BackboneError,
@@ -227,7 +227,7 @@ def load_backbone(
         made = [module.get_submodule(name.rpartition(".")[0]) for name in fresh]
         # Label words are rows of the output layer, which must be there to be picked.
         read = [module.get_output_embeddings()] if readout != "head" else []
-        module = offloaded(module, device, keep=[*made, *read])
+        module = keep_on_host(module, device, but=[*made, *read])
     elif load_in is None:
         module = module.to(device)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rocoft.on_use import LinearOnUse
 
-__all__ = ["OffloadedLinear", "offloaded"]
+__all__ = ["OffloadedLinear", "keep_on_host"]
 
 
 class OffloadedLinear(LinearOnUse):
@@ -36,8 +36,8 @@ class OffloadedLinear(LinearOnUse):
         return self._host.to(self.weight.device, non_blocking=True)
 
 
-def offloaded(
-    model: nn.Module, device: str | torch.device, keep: Collection[nn.Module] = ()
+def keep_on_host(
+    model: nn.Module, device: str | torch.device, but: Collection[nn.Module] = ()
 ) -> nn.Module:
     """Leave the weights of linear layers in the host's memory, and move the rest.
 
@@ -45,13 +45,13 @@ def offloaded(
         model: In the host's memory; changed in place. Linear layers that share their
             weight with another module, or subclass `nn.Linear`, are moved whole.
         device: Where the model computes.
-        keep: Modules that are moved whole, too.
+        but: Modules that are moved whole, too.
 
     Returns:
         The model.
     """
     place = torch.device(device)
-    whole = {id(module) for module in keep}
+    whole = {id(module) for module in but}
     owners = Counter(
         id(parameter)
         for module in model.modules()

@@ -19,7 +19,7 @@ from ntk.kernel import compute, empirical_ntk
 from ntk.memory import compute_as_planned, plan
 from ntk.resolution import resolve
 from ntk.spaces import Columns, Full, LoRA, Rows
-from rocoft import load_backbone, offloaded
+from rocoft import keep_on_host, load_backbone
 from rocoft.offloaded import OffloadedLinear
 from rocoft.pretrained import BackboneError
 from rocoft.splits import few_shot
@@ -45,7 +45,7 @@ def test_kernels_are_those_of_the_model_itself(family):
     model, inputs = BY_NAME[family].build(), BY_NAME[family].inputs(4)
     expected = compute(model, inputs, spaces=SPACES)
     linear = sum(type(m) is nn.Linear for m in model.modules())
-    moved = offloaded(copy.deepcopy(model), "cpu")
+    moved = keep_on_host(copy.deepcopy(model), "cpu")
     assert len(brought(moved)) == linear > 4
     found = compute(moved, inputs, spaces=SPACES)
     assert found.sizes == expected.sizes
@@ -57,13 +57,16 @@ def test_kernels_are_those_of_the_model_itself(family):
 @pytest.mark.parametrize("implementation", ["jacobian", "jvp"])
 def test_the_definition_agrees(implementation):
     model, inputs = BY_NAME["bert"].build(), BY_NAME["bert"].inputs(2)
-    moved = offloaded(copy.deepcopy(model), "cpu")
+    moved = keep_on_host(copy.deepcopy(model), "cpu")
     found = empirical_ntk(moved, inputs, implementation=implementation)
     assert_close(found, empirical_ntk(model, inputs))
 
 
 def test_no_weight_stays_between_forward_and_backward():
-    model, inputs = offloaded(BY_NAME["bert"].build(), "cpu"), BY_NAME["bert"].inputs(2)
+    model, inputs = (
+        keep_on_host(BY_NAME["bert"].build(), "cpu"),
+        BY_NAME["bert"].inputs(2),
+    )
     hosts = {layer._host.data_ptr() for layer in brought(model)}
     counts = dict.fromkeys(hosts, 0)
     kept = set()
@@ -97,20 +100,20 @@ def test_shared_weights_and_chosen_modules_are_moved_whole():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
     model = nn.Sequential(first, second, nn.Linear(4, 4), nn.Linear(4, 2))
-    moved = offloaded(model, "cpu", keep=[model[3]])
+    moved = keep_on_host(model, "cpu", but=[model[3]])
     assert [type(m) for m in moved] == [nn.Linear] * 2 + [OffloadedLinear, nn.Linear]
     assert moved[0].weight is moved[1].weight
 
 
 def test_a_plan_and_the_cache_know_the_weights():
     model, inputs = BY_NAME["bert"].build(), [BY_NAME["bert"].inputs(2)]
-    moved = offloaded(copy.deepcopy(model), "cpu")
+    moved = keep_on_host(copy.deepcopy(model), "cpu")
     how = plan(moved, inputs, 1, spaces=SPACES)
     found = compute_as_planned(moved, inputs, how, spaces=SPACES)
     expected = compute(model, inputs, spaces=SPACES)
     assert_close(found.kernels["full"], expected.kernels["full"], 1e-12)
     key = lambda m: content_key(m, inputs, 1, resolve({"full": Full()}, m))
-    other = offloaded(copy.deepcopy(model), "cpu")
+    other = keep_on_host(copy.deepcopy(model), "cpu")
     assert key(moved) == key(other)
     brought(other)[0]._host[0, 0] += 1
     assert key(moved) != key(other)
@@ -119,7 +122,9 @@ def test_a_plan_and_the_cache_know_the_weights():
 def test_label_words_are_read_from_an_offloaded_language_model():
     model, inputs = BY_NAME["bert-mlm"].build(), BY_NAME["bert-mlm"].inputs(3)
     expected = empirical_ntk(model, inputs, outputs=label_words_at_mask)
-    moved = offloaded(copy.deepcopy(model), "cpu", keep=[model.get_output_embeddings()])
+    moved = keep_on_host(
+        copy.deepcopy(model), "cpu", but=[model.get_output_embeddings()]
+    )
     assert brought(moved)
     assert_close(empirical_ntk(moved, inputs, outputs=label_words_at_mask), expected)
 
