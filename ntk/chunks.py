@@ -219,6 +219,17 @@ def packed(sizes: Mapping[Item, int], most: int) -> list[list[Item]]:
     return groups
 
 
+def _kept(
+    stored: Map, shape: torch.Size, of: LinearWeight | None, size: PassSize
+) -> int:
+    """Return what a pass keeps of one stored map of a parameter."""
+    if not isinstance(stored, Whole) or len(shape) < 2:
+        return size.features(stored.size(shape))
+    if of is not None:
+        return size.factors(of.inputs, of.outputs)
+    return size.factors(0, shape.numel() // shape[0])
+
+
 @dataclass(frozen=True)
 class _Parameter:
     """A parameter, what it is as a layer's weight, and the maps that spaces hold."""
@@ -233,15 +244,7 @@ class _Parameter:
         spaces: dict[str, Maps] = {
             str(i): {self.name: (each,)} for i, each in enumerate(maps)
         }
-        return sum(self.kept(job.stored, size) for job in jobs(spaces))
-
-    def kept(self, stored: Map, size: PassSize) -> int:
-        """Return what a pass keeps of one stored map."""
-        if not isinstance(stored, Whole) or len(self.shape) < 2:
-            return size.features(stored.size(self.shape))
-        if self.of is not None:
-            return size.factors(self.of.inputs, self.of.outputs)
-        return size.factors(0, self.shape.numel() // self.shape[0])
+        return sum(_kept(job.stored, self.shape, self.of, size) for job in jobs(spaces))
 
     def cut(
         self, maps: Sequence[Map], size: PassSize, entries: int
@@ -326,12 +329,15 @@ def kept_entries(
         Numbers of features and factors.
     """
     found = {job.key: job for part in parts for job in jobs(part.spaces)}
-    total = 0
-    for job in found.values():
-        shape = architecture.parameters[job.name].shape
-        of = architecture.linear_weights.get(job.name)
-        total += _Parameter(job.name, shape, of, {}).kept(job.stored, size)
-    return total
+    return sum(
+        _kept(
+            job.stored,
+            architecture.parameters[job.name].shape,
+            architecture.linear_weights.get(job.name),
+            size,
+        )
+        for job in found.values()
+    )
 
 
 def count_positions(batch: Batch) -> int:

@@ -228,9 +228,8 @@ def _plan(
             f"batch {in_units(kept)}. Give about {in_units(need)}, or make the batches "
             "smaller, or examples or spaces fewer."
         )
-    waiting = None
+    waiting, left_bytes = None, rounded_down(free - room)
     if spill is not None and len(parts) * len(columns) > 1:
-        left_bytes = rounded_down(free - room)
         work = Work(architecture, batches, right, parts, len(columns), left_bytes)
         waiting = work.spilled(spill, whole, device, rounded_down(room))
     return Plan(
@@ -241,7 +240,7 @@ def _plan(
         workspace=workspace,
         chunks=tuple(parts),
         columns=tuple(map(tuple, columns)),
-        left_bytes=rounded_down(free - room),
+        left_bytes=left_bytes,
         examples=(n, m),
         outputs=whole.outputs,
         spill=waiting,

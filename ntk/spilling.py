@@ -24,7 +24,7 @@ from ntk.coverage import Service, Verdicts
 from ntk.engine import Counter, Engine, Store, parameters_of, stored_maps
 from ntk.factor_file import FactorFile, Piece
 from ntk.features import Features, Stored, stored_bytes
-from ntk.function import Batch, batch_length, take
+from ntk.function import Batch, batch_length, to_batches
 from ntk.jacobian import Key
 from ntk.jobs import jobs
 from ntk.maps import Maps
@@ -179,17 +179,11 @@ class SpillingEngine(Engine):
 
     def _fill(self, verdicts: Verdicts) -> None:
         """Run the passes of all parts over all batches."""
-        file, found = (
-            self.spill.file,
-            defaultdict[tuple[Service, Key], list[Piece]](list),
-        )
+        file = self.spill.file
+        found: dict[tuple[Service, Key], list[Piece]] = defaultdict(list)
         batches = sorted(self.left, key=lambda batch: self._numbers[id(batch)])
-        step = self.spill.examples
-        cut = [
-            take(batch, slice(i, i + step))
-            for batch in batches
-            for i in range(0, batch_length(batch), step)
-        ]
+        device = next(iter(self.function.parameters.values())).device
+        cut = to_batches(batches, device, self.spill.examples)
         lengths = list(map(batch_length, batches))
         unpassed = {Service.UNUSED, Service.DEFINITION}
         kinds = {v.service for v in verdicts.values()} - unpassed
