@@ -12,41 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BY_NAME
+from parts import SPACES, in_pairs, in_parts
 from torch import nn
 
-from ntk import memory
 from ntk.cache import BusyError, KernelCache, content_key
 from ntk.kernel import compute
 from ntk.memory import compute_as_planned
 from ntk.resolution import resolve
-from ntk.spaces import Bias, Columns, Full, LoRA, Rows
+from ntk.spaces import Full, Rows
 from ntk.spill_plan import SpillPlan
 from ntk.storage import StorageError, load_kernels, save_kernels
 
-SPACES = {
-    "full": Full(),
-    "both": Rows(2) + Columns(2),
-    "sum": LoRA(2) + Rows(1) + Bias(),
-}
 
-
-def example(n=6):
-    """Return a model and its examples in batches of two."""
-    model, whole = BY_NAME["bert"].build().float(), BY_NAME["bert"].inputs(n)
-    pairs = [slice(i, i + 2) for i in range(0, n, 2)]
-    return model, [{k: v[pair] for k, v in whole.items()} for pair in pairs]
+def example():
+    """Return a float32 model and its examples in batches of two."""
+    model, batches = in_pairs("bert")
+    return model.float(), batches
 
 
 def many_passes(model, batches, right=2, *, spills=False):
     """Return a plan of several parts, with a file or not, whatever memory there is."""
-    how = memory.plan(model, batches, right, spaces=SPACES)
-    resolved = resolve(SPACES, model)
-    size = memory.PassSize.of(model, batches, "full")
-    parts = memory.chunks(resolved, memory.Architecture(model), size, 5_000)
+    how = in_parts(model, batches, right, SPACES, 5_000, columns=((0,), (1,)))
     file = SpillPlan(Path(tempfile.gettempdir()), 1, 2, 1, 1.0, 2.0)
-    how = replace(how, chunks=tuple(parts), columns=((0,), (1,)))
-    return replace(how, spill=file if spills else None), resolved
+    return replace(how, spill=file if spills else None), resolve(SPACES, model)
 
 
 def run(model, batches, cache, how, resolved, stop_after=None):

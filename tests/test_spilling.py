@@ -3,7 +3,6 @@
 import errno
 import json
 import resource
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,14 @@ import psutil
 import pytest
 import torch
 from cases import BY_NAME, text
+from commands import held_by_compare
 from dense import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import SPACES, in_pairs, in_parts
 from torch import nn
 
 from ntk import coverage, factor_file, memory, rates, spill_plan
-from ntk.chunks import chunks
 from ntk.coverage import Service
 from ntk.estimate import Estimate
 from ntk.factor_file import FactorFile
@@ -26,36 +26,21 @@ from ntk.factors import Matrix, Table, Vector
 from ntk.function import take
 from ntk.memory import compute_as_planned, parse_bytes
 from ntk.rates import Rates, room_on_disk
-from ntk.resolution import resolve
-from ntk.spaces import Bias, Columns, Full, LoRA, Rows
+from ntk.spaces import Full, Rows
 from ntk.spill_plan import SpillPlan
 from ntk.storage import StorageError
 
-SPACES = {
-    "full": Full(),
-    "both": Rows(2) + Columns(2),
-    "sum": LoRA(2) + Rows(1) + Bias(),
-}
 EVERYTHING = {"full": Full()}
 FAST = Rates(multiply_adds=1e6, written=1e12, read=1e12)
-
-
-def in_pairs(family, n=6):
-    """Return a model and its examples in batches of two."""
-    model, whole = BY_NAME[family].build(), BY_NAME[family].inputs(n)
-    return model, [take(whole, slice(i, i + 2)) for i in range(0, n, 2)]
 
 
 def planned(
     model, batches, right, spaces, folder, *, parts=6, columns=None, examples=2
 ):
     """Return a plan of several parts, and the same one with a file."""
-    how = memory.plan(model, batches, right, spaces=spaces)
-    resolved, architecture = resolve(spaces, model), memory.Architecture(model)
-    size = memory.PassSize.of(model, batches, "full")
-    whole = chunks(resolved, architecture, size, sys.maxsize)
-    cut = chunks(resolved, architecture, size, whole[0].entries // parts)
-    how = replace(how, chunks=tuple(cut), columns=columns or how.columns)
+    whole = in_parts(model, batches, right, spaces, sys.maxsize)
+    entries = whole.chunks[0].entries // parts
+    how = in_parts(model, batches, right, spaces, entries, columns)
     return how, replace(how, spill=SpillPlan(folder, 1, examples, 1, 1.0, 2.0))
 
 
@@ -92,12 +77,12 @@ def same(one, other, tolerance=1e-12):
 )
 def test_kernels_are_those_of_passes(family, right, tmp_path):
     model, batches = in_pairs(family)
-    spaces = EVERYTHING
-    if family not in {"cnn", "bare", "mixture"}:
-        # LLaMA's layers have no biases.
-        spaces = (
-            SPACES if family != "llama" else {"full": Full(), "some": SPACES["both"]}
-        )
+    spaces = SPACES
+    if family in {"cnn", "mixture"}:
+        spaces = EVERYTHING
+    elif family == "llama":
+        # Its layers have no biases.
+        spaces = {"full": Full(), "some": SPACES["both"]}
     how, spilled = planned(model, batches, right, spaces, tmp_path)
     assert len(how.chunks) > 1
     one, other = (
@@ -464,33 +449,23 @@ def test_factors_are_read_as_they_were_and_what_they_share_is_kept_once(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-HELD = """
-import sys
-from ntk import compare, rates
+FAST_DISK = """
+from ntk import rates
 rates.Rates.of = lambda *_: rates.Rates(1e6, 1e12, 1e12)
-code = compare.main(sys.argv[1:])
-for line in open("/proc/self/status"):
-    if line.startswith("VmHWM"):
-        print("peak", int(line.split()[1]) * 1024)
-sys.exit(code)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_real_run_keeps_its_budget_with_a_file(tmp_path):
     budget = "1.1GiB"
-    command = [sys.executable, "-c", HELD, "--rows", "3", "--shots", "16"]
-    command += ["--test-size", "30", "--quiet", "--memory", budget, "--no-cache"]
-    command += ["--batch-size", "8", "--output", str(tmp_path)]
+    options = ["--rows", "3", "--shots", "16", "--test-size", "30", "--quiet"]
+    options += ["--memory", budget, "--no-cache", "--batch-size", "8"]
+    options += ["--output", tmp_path]
     reports = {}
     for name in ("--spill", "--no-spill"):
-        done = subprocess.run(
-            [*command, name, "--name", name.strip("-")],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert int(done.stdout.split("peak ")[1]) < 1.1 * parse_bytes(budget)
+        named = [name, "--name", name.strip("-")]
+        peak = held_by_compare(*options, *named, before=FAST_DISK)
+        assert peak < 1.1 * parse_bytes(budget)
         report = tmp_path / name.strip("-") / "report.json"
         reports[name] = json.loads(report.read_text())
     spilled, passed = (reports[name] for name in ("--spill", "--no-spill"))
