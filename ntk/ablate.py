@@ -8,21 +8,22 @@ Kernels over rows and columns chosen in every way, against the full kernel and a
 random choice. Stopped at any moment, the same command goes on with what is missing.
 """
 
-from ntk.ablation_options import build_ablation_parser, units
-from ntk.ablation_plots import draw_figures
-from ntk.ablation_report import report_page, tables
-from ntk.ablation_summary import collect
-from ntk.study_command import StudyCommand
+from ntk.studies.ablation.options import AblateOptions
+from rocoft.commands import Command
 
-main = StudyCommand(
+main = Command(
     module="ntk.ablate",
-    parser=build_ablation_parser,
-    units=units,
-    collect=collect,
-    tables=tables,
-    page=report_page,
-    figures=draw_figures,
-    settings={"study": "ablation"},
+    options=AblateOptions,
+    run="ntk.studies.ablation.run",
+    description="Does it matter which rows or columns a kernel is made of, and how "
+    "many? For every task and seed: kernels of all selections, their distance to the "
+    "full kernel, what classifiers on them reach, the error of random selections "
+    "beside its expectation, and which modules and layers the full kernel comes from. "
+    "What is done is kept: the same command goes on where it was stopped, and more of "
+    "everything can be added.",
+    epilog="A METHOD is that of ntk train. Exit codes: 0 done, 1 some records failed, "
+    "2 bad input, 130 interrupted.",
+    interrupted="the same command goes on with what is missing",
 )
 
 if __name__ == "__main__":

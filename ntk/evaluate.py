@@ -8,20 +8,22 @@ The few-shot study of the kernel view of fine-tuning (Malladi et al. 2023) over 
 parameters. Stopped at any moment, the same command goes on with what is missing.
 """
 
-from ntk.evaluate_options import build_evaluation_parser, units
-from ntk.study_command import StudyCommand
-from ntk.study_figures import draw_figures
-from ntk.study_report import report_page, tables
-from ntk.study_summary import collect
+from ntk.studies.fewshot.options import EvaluateOptions
+from rocoft.commands import Command
 
-main = StudyCommand(
+main = Command(
     module="ntk.evaluate",
-    parser=build_evaluation_parser,
-    units=units,
-    collect=collect,
-    tables=tables,
-    page=report_page,
-    figures=draw_figures,
+    options=EvaluateOptions,
+    run="ntk.studies.fewshot.run",
+    description="Do kernel classifiers match fine-tuning, and does the kernel over a "
+    "few rows match the full one? For every task and seed: few-shot splits drawn as "
+    "LM-BFF draws them, kernels of all spaces from one pass, classifiers and "
+    "fine-tuning with hyperparameters chosen on the same dev examples. What is done is "
+    "kept: the same command goes on where it was stopped, and further tasks, shots, "
+    "seeds, spaces and methods can be added.",
+    epilog="A SPEC is that of ntk compare, a METHOD that of ntk train. Exit codes: 0 "
+    "done, 1 some records failed, 2 bad input, 130 interrupted.",
+    interrupted="the same command goes on with what is missing",
 )
 
 if __name__ == "__main__":

@@ -11,23 +11,22 @@ The kernels of all layers on the training examples, and what rules choose by the
 Stopped at any moment, the same command goes on with what is missing.
 """
 
-from ntk.layers_options import build_layers_parser, choice, fine_tuning_units, units
-from ntk.layers_plots import draw_figures
-from ntk.layers_report import report_page, tables
-from ntk.layers_summary import collect
-from ntk.study_command import StudyCommand
+from ntk.studies.layers.options import LayersOptions
+from rocoft.commands import Command
 
-main = StudyCommand(
+main = Command(
     module="ntk.layers",
-    parser=build_layers_parser,
-    units=units,
-    then=fine_tuning_units,
-    collect=collect,
-    report=lambda options: {"choice": choice(options)},
-    tables=tables,
-    page=report_page,
-    figures=draw_figures,
-    settings={"study": "layers"},
+    options=LayersOptions,
+    run="ntk.studies.layers.run",
+    description="Which layers of a transformer to tune? Ranks them, before any "
+    "training, by their kernels on the training examples: by how much of what is to be "
+    "learnt they explain, by the published rule, and by simpler ones. With --verify "
+    "the chosen layers are fine-tuned, and with --subsets others of all sizes too, to "
+    "see which measure tells the accuracy. What is done is kept: the same command goes "
+    "on where it was stopped, and more can be added.",
+    epilog="A SPACE is that of ntk compare, such as lora:8, rows:3, rows:3@query,value "
+    "or full. Exit codes: 0 done, 1 some records failed, 2 bad input, 130 interrupted.",
+    interrupted="the same command goes on with what is missing",
 )
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from cases import BY_NAME
 from peft import get_peft_model
 
 from rocoft import RoCoFTConfig
-from rocoft.layer import RoCoFTLinear
+from rocoft.adapter.layer import RoCoFTLinear
 
 FAMILIES = ["bert", "roberta", "deberta-v2", "gpt2", "llama", "bloom", "t5"]
 

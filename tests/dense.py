@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ntk.function import Float64Throughout
+from ntk.gradients.function import Float64Throughout
 
 
 def gradients(model, inputs, outputs=None):

@@ -33,10 +33,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ntk import kernel
-from ntk.cost import in_rounds
-from ntk.layerwise import layer_kernels
-from ntk.spaces import (
+from ntk.kernels import empirical as kernel
+from ntk.kernels.layerwise import layer_kernels
+from ntk.kernels.options import KernelOptions
+from ntk.spaces.kinds import (
     Bias,
     Columns,
     Embeddings,
@@ -47,6 +47,7 @@ from ntk.spaces import (
     Rows,
     Space,
 )
+from ntk.studies.bench.cost import in_rounds
 from tests.benchmarks import peers as others
 from tests.benchmarks import setting
 from tests.benchmarks.setting import Batch
@@ -113,7 +114,9 @@ def ours(
     model: nn.Module, batch: Batch, spaces: Mapping[str, Space], reduce: str = "full"
 ) -> Tensor:
     """Return the kernel of the first of several spaces."""
-    result = kernel.compute(model, batch, spaces=spaces, reduce=reduce)
+    result = kernel.compute(
+        model, batch, spaces=spaces, options=KernelOptions(reduce=reduce)
+    )
     return next(iter(result.kernels.values()))
 
 

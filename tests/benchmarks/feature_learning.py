@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ntk.linearize import LinearizedModel, linearize
-from ntk.spaces import Full
-from rocoft.backbone import load_backbone
-from rocoft.trainer import fine_tune
+from ntk.linearization.model import LinearizedModel, linearize
+from ntk.spaces.kinds import Full
+from rocoft.models.backbone import load_backbone
+from rocoft.training.trainer import fine_tune
 from tests.benchmarks import setting
 from tests.benchmarks.finetuning import (
     ARGUMENTS,

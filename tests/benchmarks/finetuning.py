@@ -35,11 +35,11 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 
-from rocoft.backbone import load_backbone
-from rocoft.methods import parse_method
-from rocoft.splits import Split, full_split
-from rocoft.tasks import load_task
-from rocoft.trainer import fine_tune
+from rocoft.data.splits import Split, full_split
+from rocoft.data.tasks import load_task
+from rocoft.models.backbone import load_backbone
+from rocoft.training.methods import parse_method
+from rocoft.training.trainer import fine_tune
 from tests.benchmarks import setting
 from tests.benchmarks.table import rounded, write
 

@@ -7,7 +7,7 @@
 Models have the shapes of well-known ones and random weights: times do not depend on the
 values. Each kernel is timed against the floor (one forward and c backward passes, no
 gradient of a parameter), the full kernel also against its bound (the floor, and its
-multiply-adds at the rate of a float32 matrix product, see `ntk.yardsticks`). Goals:
+multiply-adds at the rate of a float32 matrix product, see `ntk.scale.machine`). Goals:
 rows, columns and LoRA within `LEAN_LIMIT` of the floor, the full kernel within
 `FULL_LIMIT` of its bound.
 
@@ -28,11 +28,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, RobertaConfig
 
-from ntk.contraction import Operations
-from ntk.cost import Cost, measure
-from ntk.notation import parse_space
-from ntk.yardsticks import multiply_adds_per_second
-from rocoft.architecture import Architecture
+from ntk.kernels.contraction import Operations
+from ntk.scale.machine import multiply_adds_per_second
+from ntk.spaces.notation import parse_space
+from ntk.studies.bench.cost import Cost, measure
+from rocoft.models.architecture import Architecture
 
 LEAN_LIMIT = 1.1
 FULL_LIMIT = 1.5

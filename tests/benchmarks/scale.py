@@ -9,7 +9,7 @@ system tells; the model has random weights (125M parameters, two outputs), the s
 32 tokens. A full kernel and thirty spaces are planned for `--memory` and computed as
 planned, with a file for what there is no room for where that is faster. Time is set
 against the floor (all passes over the examples once) and counted multiply-adds at the
-measured rate of a matrix product (see `ntk.yardsticks`), all of one process, so that
+measured rate of a matrix product (see `ntk.scale.machine`), all of one process, so that
 what must hold is, at the largest size,
 
 - the peak within the budget,
@@ -38,15 +38,18 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from ntk.estimate import routes
-from ntk.function import NetworkFunction
-from ntk.jobs import jobs
-from ntk.maps import InputSide, Slices
-from ntk.memory import compute_as_planned, in_units, parse_bytes, plan
-from ntk.resolution import resolve
-from ntk.spaces import Space
-from ntk.yardsticks import multiply_adds_per_second, run_floor, seconds
-from rocoft.architecture import Architecture
+from ntk.gradients.function import NetworkFunction
+from ntk.kernels.shared import shared_features
+from ntk.scale.estimate import routes
+from ntk.scale.machine import multiply_adds_per_second, run_floor, seconds
+from ntk.scale.planning import compute_as_planned, plan
+from ntk.scale.resources import Resources
+from ntk.scale.units import in_units, parse_bytes
+from ntk.scale.work import Work
+from ntk.spaces.kinds import Space
+from ntk.spaces.maps import InputSide, Slices
+from ntk.spaces.resolution import resolve
+from rocoft.models.architecture import Architecture
 from tests.benchmarks.cost import FULL, THIRTY
 from tests.benchmarks.gpu import roberta
 from tests.benchmarks.setting import (
@@ -73,8 +76,8 @@ def selected_operations(
     contracted slice by slice; a pair's A is applied to all inputs first.
     """
     total, pairs = 0.0, (OUTPUTS * n) ** 2
-    for job in jobs(resolve(spaces, model)):
-        match job.stored:
+    for each in shared_features(resolve(spaces, model)):
+        match each.stored:
             case Slices(of=of, rows=rows):
                 total += (OUTPUTS * positions + pairs) * len(rows) * of.inputs
             case InputSide(of=of, columns=columns, pairs=low_rank):
@@ -89,19 +92,13 @@ def measure(n: int, which: str, memory: int) -> dict[str, Any]:
     """Return what the kernels of n examples took and held, in this process."""
     case, device = roberta(n), torch.device("cpu")
     model, batches = case.model("cpu"), case.batches("cpu")
-    how = plan(
-        *(model, batches, len(batches)),
-        spaces=SETS[which],
-        memory=memory,
-        spill=SPILL,
-    )
+    work = Work(model, batches, len(batches), SETS[which])
+    how = plan(work, Resources(memory=memory, spill=SPILL))
     counted = routes(Architecture(model), batches, how)
     floor = lambda: run_floor(NetworkFunction(model), batches)
     floors = [seconds(floor, device)]
     rates = [multiply_adds_per_second(device)]
-    took = seconds(
-        lambda: compute_as_planned(model, batches, how, spaces=SETS[which]), device
-    )
+    took = seconds(lambda: compute_as_planned(work, how), device)
     floors.append(seconds(floor, device))
     rates.append(multiply_adds_per_second(device))
     peak = peak_memory()

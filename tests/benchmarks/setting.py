@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from ntk.contraction import POSITION_OVERHEAD
+from ntk.kernels.contraction import POSITION_OVERHEAD
 
 Batch = dict[str, Tensor]
 
@@ -137,8 +137,8 @@ def full_operations(model: nn.Module, batch: Batch) -> dict[str, float]:
 
     - block: form G (n t c d_out d_in), then contract it ((c n)^2 d_out d_in);
     - token: compare all positions ((n t)^2 (d_in + c^2 d_out)), with the charge that
-      `ntk.contraction` has for each of the (n t)^2 c^2 elementwise multiply-adds, which
-      run at the speed of memory.
+      `ntk.kernels.contraction` has for each of the (n t)^2 c^2 elementwise
+      multiply-adds, which run at the speed of memory.
 
     For a vector of d entries (bias, scale), (c n)^2 d; for an embedding table,
     c^2 d for every pair of examples that hold the same row. Sums over positions and

@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ntk.cost import in_rounds
-from rocoft.architecture import Architecture
-from rocoft.methods import apply_method, parse_method, trained_parameters
+from ntk.studies.bench.cost import in_rounds
+from rocoft.models.architecture import Architecture
+from rocoft.training.methods import apply_method, parse_method, trained_parameters
 from tests.benchmarks import setting
 from tests.benchmarks.cost import ratio, summary
 from tests.benchmarks.setting import Batch

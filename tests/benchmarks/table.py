@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from rocoft.files import write_text
+from rocoft.commands.files import write_text
 
 
 def write(path: Path, text: str) -> None:

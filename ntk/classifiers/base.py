@@ -1,0 +1,251 @@
+"""Base classes of classifiers on a precomputed kernel: validation, offset, decisions.
+
+`ntk.classifiers.estimators` describes the forms of kernels and offsets.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
+from sklearn.utils import Tags, assert_all_finite, check_array, column_or_1d
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
+
+from ntk.measures import as_symmetric
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.intp]
+Maybe = ArrayLike | None
+
+TIE = 1 + 1e-9
+"""Losses within this factor of the smallest count as equal."""
+KERNEL = {"dtype": np.float64, "allow_nd": True, "input_name": "K"}
+
+
+class KernelClassifier(ClassifierMixin, BaseEstimator):
+    """Base class of the classifiers: validation, offset, decisions."""
+
+    tolerance: float
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = True
+        return tags
+
+    def fit(self, K: ArrayLike, y: ArrayLike, offset: Maybe = None) -> Self:
+        """Fit to a training kernel.
+
+        Args:
+            K: ``(n, n)`` or ``(n, n, c, c)``. An asymmetric or indefinite one raises
+                `ntk.measures.spectrum.NotSymmetricError` or `NotPSDError`, both
+                ValueError.
+            y: ``(n,)`` labels of any type, at least two distinct.
+            offset: ``(n, c)`` or None. If given, every prediction needs one too.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: If a shape does not fit the others, a value is missing or
+                infinite, `y` holds one class, or a parameter is out of range.
+        """
+        K = np.asarray(check_array(K, **KERNEL))
+        y = np.asarray(column_or_1d(y, warn=True))
+        assert_all_finite(y, input_name="y")
+        check_classification_targets(y)
+        if K.shape[0] != K.shape[1] or len(y) != len(K):
+            raise ValueError(
+                f"`K` has shape {K.shape} and `y` has {len(y)} labels; expected a "
+                "square kernel and a label for each of its rows. Pass the kernel "
+                "between the training examples, the same on both axes."
+            )
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        if (c := len(self.classes_)) < 2:
+            raise ValueError(
+                f"`y` holds one class, {y[0]!r}; sample examples of at least two."
+            )
+        if K.shape[2:] not in {(), (c, c)}:
+            raise ValueError(
+                f"`K` has shape {K.shape} and `y` has {c} classes; expected (n, n) or "
+                f"(n, n, {c}, {c}). Compute the kernel of these classes, or its trace."
+            )
+        self.n_features_in_, self.kernel_ndim_ = len(K), K.ndim
+        self.n_outputs_ = 1 if K.ndim == c == 2 else c
+        self.uses_offset_ = offset is not None
+        f0 = self._offset(offset, len(K))
+        gram = self._checked(self._gram(K))
+        self.scale_ = float(gram.trace() / len(gram))
+        if not self.scale_ > 0:
+            raise ValueError(
+                f"`K` has mean diagonal {self.scale_:.2e}; expected more than 0. Check "
+                "that the tangent space holds parameters that the outputs depend on."
+            )
+        self._fit(gram, labels, f0)
+        return self
+
+    def decision_function(self, K: ArrayLike, offset: Maybe = None) -> Array:
+        """Return the outputs on test examples.
+
+        Args:
+            K: ``(m, n)`` or ``(m, n, c, c)``, the form used in `fit`: rows are test
+                examples, columns the training examples in order.
+            offset: ``(m, c)`` if and only if `fit` had one.
+
+        Returns:
+            ``(m,)`` margins f[1] - f[0] for two classes, else ``(m, c)``.
+        """
+        return margin(self._outputs(K, offset))
+
+    def predict(self, K: ArrayLike, offset: Maybe = None) -> NDArray[np.generic]:
+        """Return ``(m,)`` classes of the largest output, see `decision_function`."""
+        index = decide(self._outputs(K, offset))
+        return np.asarray(self.classes_[index])
+
+    def score(
+        self,
+        K: ArrayLike,
+        y: ArrayLike,
+        sample_weight: Maybe = None,
+        offset: Maybe = None,
+    ) -> float:
+        """Return the accuracy on ``(m,)`` labels `y`, see `decision_function`."""
+        predicted = self.predict(K, offset)
+        return float(accuracy_score(y, predicted, sample_weight=sample_weight))
+
+    def _checked(self, gram: Array) -> Array:
+        """Check the training Gram matrix and return it."""
+        return as_symmetric(gram, "K", tolerance=self.tolerance)
+
+    @abstractmethod
+    def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
+        """Fit to a Gram matrix, ``(n,)`` class indices and ``(n, o)`` f0."""
+
+    @staticmethod
+    def _gram(K: Array) -> Array:
+        """Return ``(n, n)`` as it is and ``(n, n, c, c)`` as ``(n c, n c)``."""
+        size = len(K) * (K.shape[2] if K.ndim == 4 else 1)
+        return K if K.ndim == 2 else K.swapaxes(1, 2).reshape(size, size)
+
+    def _evaluate(self, K: Array) -> Array:
+        """Return ``(m, o)`` outputs without the offset."""
+        a, axes = self.dual_coef_, ([1], [0]) if K.ndim == 2 else ([1, 3], [0, 1])
+        return np.asarray(np.tensordot(K, a, axes=axes) + self.intercept_)
+
+    def _outputs(self, K: ArrayLike, offset: Maybe) -> Array:
+        check_is_fitted(self)
+        K = np.asarray(check_array(K, **KERNEL))
+        n, name = self.n_features_in_, type(self).__name__
+        expected = (len(K), n, *(len(self.classes_),) * (self.kernel_ndim_ - 2))
+        if K.shape != expected:  # Tools match scikit-learn's words at the beginning.
+            raise ValueError(
+                f"X has {K.shape[1]} features, but {name} is expecting {n} features as "
+                f"input of shape {expected}; `K` has shape {K.shape}. Pass test rows, "
+                "the training columns in the order of `fit`, and the same outputs."
+            )
+        if self.uses_offset_ != (offset is not None):
+            raise ValueError(
+                f"`offset` was {'' if self.uses_offset_ else 'not '}given to `fit`; "
+                "expected the same here. Pass the model's outputs to both or to none."
+            )
+        f0, outputs = self._offset(offset, len(K)), self._evaluate(K)
+        return outputs if f0 is None else outputs + f0
+
+    def _offset(self, offset: Maybe, n: int) -> Array | None:
+        if offset is None:
+            return None
+        f0 = check_array(offset, dtype=np.float64, ensure_2d=False, input_name="offset")
+        if self.n_outputs_ == 1 and f0.shape in {(n,), (n, 2)}:
+            f0 = margin(f0.reshape(n, -1))[:, None]
+        if f0.shape != (n, self.n_outputs_):
+            raise ValueError(
+                f"`offset` has shape {f0.shape}; expected ({n}, {len(self.classes_)}), "
+                "the model's logits for the rows of `K` and the classes in `classes_`."
+            )
+        return np.asarray(f0)
+
+
+Solution = tuple[Array, Array, Callable[[Array], Array]]
+"""G r ``(n, b, t)`` and G 1 ``(n, b, b)``, with G = (K + ridge I)^-1 and 1 the identity
+repeated per example; and the function from a dual solution to leave-one-out residuals.
+"""
+
+
+class RidgeClassifier(KernelClassifier):
+    """Base class of ridge classifiers: targets, their mean, and the choice of alpha."""
+
+    alpha: float | None
+    alphas: Sequence[float]
+
+    @abstractmethod
+    def _solutions(
+        self, gram: Array, r: Array, ridges: Sequence[float]
+    ) -> Iterator[Solution]:
+        """Yield the solution at each ridge for right-hand sides ``(n, b, t)``."""
+
+    def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
+        alphas = regularisations(self, "alpha")[::-1]
+        n, o = len(labels), self.n_outputs_
+        targets = np.eye(o)[labels] if o > 1 else np.where(labels, 1.0, -1.0)[:, None]
+        b = len(gram) // n  # Blocks of b rows, o / b columns: b = 1 in the scalar form.
+        r = (targets if f0 is None else targets - f0).reshape(n, b, -1)
+        # The mean over all examples, and over all but one, for each.
+        mean = r.mean(axis=0) * (f0 is None)
+        mean_without = (n * mean - r) / (n - 1) * (f0 is None)
+        results = []
+        ridges = [alpha * self.scale_ for alpha in alphas]
+        for G_r, G_1, leave_one_out in self._solutions(gram, r, ridges):
+            residual = leave_one_out(G_r - G_1 @ mean_without).reshape(n, o)
+            results.append((residual, G_r - G_1 @ mean))
+        errors = np.array([(residual**2).mean() for residual, _ in results])
+        best = int(np.argmax(errors <= errors.min() * TIE))
+        residual, a = results[best]
+        self.alpha_, self.loo_error_ = alphas[best], float(errors[best])
+        self.loo_accuracy_ = float((decide(targets - residual) == labels).mean())
+        self.dual_coef_, self.intercept_ = a.reshape(n, o), mean.ravel()
+
+
+def regularisations(estimator: KernelClassifier, name: str) -> list[float]:
+    """Return the candidate values of a regularisation parameter, ascending.
+
+    Args:
+        estimator: An estimator with the attributes ``name``, a value or None, and
+            ``name`` + "s", the grid used for None.
+        name: Name of the parameter.
+
+    Returns:
+        At least one value.
+
+    Raises:
+        ValueError: If there is no value, or one is not positive.
+    """
+    fixed, candidates = getattr(estimator, name), getattr(estimator, f"{name}s")
+    grid = sorted(candidates if fixed is None else [fixed])
+    if not grid or not all(0 < value < np.inf for value in grid):
+        raise ValueError(
+            f"`{name}={fixed!r}`, `{name}s={candidates!r}`; expected positive finite "
+            f"numbers: one, or for `{name}=None` at least one to choose from."
+        )
+    return grid
+
+
+def margin(outputs: Array) -> Array:
+    """Return one or two outputs as ``(m,)`` margins, more unchanged, ``(m, c)``.
+
+    Args:
+        outputs: ``(m, c)``; a single output is a margin.
+    """
+    return outputs if outputs.shape[1] > 2 else np.diff(outputs, prepend=0)[:, -1]
+
+
+def decide(outputs: Array) -> Labels:
+    """Return ``(m,)`` indices of the largest output.
+
+    Args:
+        outputs: ``(m, c)``; a single output is a margin.
+    """
+    scores = margin(outputs)
+    return (scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)

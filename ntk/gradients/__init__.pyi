@@ -1,0 +1,103 @@
+from .capture import backward, complete, record
+from .coverage import Service, Verdict, Verdicts
+from .data_selection import calibrate, statistics
+from .factors import (
+    Factor,
+    Matrix,
+    Table,
+    Uses,
+    Vector,
+    at_least_float32,
+    block,
+    dense,
+    examples,
+    is_prefix,
+    joined,
+    like,
+    outputs,
+    raised,
+    workspace,
+)
+from .function import (
+    Batch,
+    Float64Throughout,
+    FunctionError,
+    Inputs,
+    NetworkFunction,
+    Readout,
+    batch_length,
+    check_model,
+    evaluating,
+    logits,
+    take,
+    to_batches,
+)
+from .jacobians import (
+    Coordinates,
+    Key,
+    TangentFunction,
+    differentiated_twice,
+    jacobian,
+    looped,
+    map_keys,
+    pushed,
+)
+from .passes import sample
+from .rules import Use
+
+__all__ = [
+    # for users
+    "NetworkFunction",
+    "evaluating",
+    "Float64Throughout",
+    "jacobian",
+    "calibrate",
+    # capture
+    "backward",
+    "complete",
+    "record",
+    # coverage
+    "Service",
+    "Verdict",
+    "Verdicts",
+    # data_selection
+    "statistics",
+    # factors
+    "Factor",
+    "Matrix",
+    "Table",
+    "Uses",
+    "Vector",
+    "at_least_float32",
+    "block",
+    "dense",
+    "examples",
+    "is_prefix",
+    "joined",
+    "like",
+    "outputs",
+    "raised",
+    "workspace",
+    # function
+    "Batch",
+    "FunctionError",
+    "Inputs",
+    "Readout",
+    "batch_length",
+    "check_model",
+    "logits",
+    "take",
+    "to_batches",
+    # jacobians
+    "Coordinates",
+    "Key",
+    "TangentFunction",
+    "differentiated_twice",
+    "looped",
+    "map_keys",
+    "pushed",
+    # passes
+    "sample",
+    # rules
+    "Use",
+]

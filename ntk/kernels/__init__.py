@@ -1,0 +1,6 @@
+"""Kernels: contraction of factored gradients over tangent spaces."""
+
+import lazy_loader
+
+# What is exported, and from where, stands in __init__.pyi.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,265 @@
+"""Empirical neural tangent kernels of any tangent space.
+
+The axes of a kernel and its reductions are described in `ntk.measures.gram`.
+
+A kernel is a sum over parameters. Each (parameter, map) pair is contracted once and
+added in float64 to every space that holds it, so many spaces cost little more than one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from ntk.gradients import (
+    Batch,
+    Inputs,
+    NetworkFunction,
+    Readout,
+    batch_length,
+    check_model,
+    evaluating,
+    logits,
+    to_batches,
+)
+from ntk.kernels.contraction import Contraction, Transform
+from ntk.kernels.engine import LEFT_BYTES, Engine, EngineInput, KernelResult
+from ntk.kernels.options import (
+    Implementation,
+    KernelOptions,
+    Kind,
+    Precision,
+)
+from ntk.kernels.precision import check_precision
+from ntk.measures import Reduction
+from ntk.spaces import Full, Maps, Sketch, Space, resolve
+from rocoft.commands import Progress
+
+
+def _sign(gradient: Tensor) -> Tensor:
+    """Return the sign; NaN stays NaN, where torch's sign returns 0."""
+    return torch.where(gradient.isnan(), gradient, gradient.sign())
+
+
+TRANSFORMS: dict[Kind, tuple[Transform | None, Transform | None]] = {
+    "sgd": (None, None),
+    "signgd": (_sign, _sign),
+    "asymmetric_signgd": (None, _sign),
+}
+"""Transforms of the left and the right gradient for each kind of kernel."""
+
+
+@overload
+def empirical_ntk(
+    model: nn.Module,
+    inputs: Inputs,
+    other: Inputs | None = None,
+    *,
+    space: Space = ...,
+    outputs: Readout | None = None,
+    reduce: Reduction = "full",
+    kind: Kind = "sgd",
+    implementation: Implementation = "factors",
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+) -> Tensor: ...
+@overload
+def empirical_ntk(
+    model: nn.Module,
+    inputs: Inputs,
+    other: Inputs | None = None,
+    *,
+    space: Mapping[str, Space],
+    outputs: Readout | None = None,
+    reduce: Reduction = "full",
+    kind: Kind = "sgd",
+    implementation: Implementation = "factors",
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+) -> dict[str, Tensor]: ...
+def empirical_ntk(
+    model: nn.Module,
+    inputs: Inputs,
+    other: Inputs | None = None,
+    *,
+    space: Space | Mapping[str, Space] | None = None,
+    outputs: Readout | None = None,
+    reduce: Reduction = "full",
+    kind: Kind = "sgd",
+    implementation: Implementation = "factors",
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+) -> Tensor | dict[str, Tensor]:
+    """Return the empirical NTK between examples over chosen parameters.
+
+    ``K[i, j, c, d] = <grad f_c(x_i), grad f_d(x_j)>``, the gradients taken with respect
+    to the coordinates of the tangent space at the model's current weights.
+
+    Args:
+        model: Any module; evaluated in eval mode and restored.
+        inputs: n examples: a tokenizer's output (a mapping of tensors), a tensor, or a
+            list of such batches.
+        other: m examples; None means ``inputs``.
+        space: A tangent space, or several by name, all computed in one pass; None means
+            `Full()`.
+        outputs: Maps the model's output to ``(n, c)``; None takes its `.logits`, or
+            the tensor itself.
+        reduce: ``"full"``, ``"trace"`` or ``"margin"``, see `ntk.measures.gram`.
+        kind: ``"sgd"`` <g, g'>, ``"signgd"`` <sign g, sign g'> or
+            ``"asymmetric_signgd"`` <g, sign g'> (Malladi et al. 2023, section 3).
+        implementation: ``"factors"``, ``"jacobian"`` or ``"jvp"``: the same kernel at
+            different costs, see `IMPLEMENTATIONS`.
+        batch_size: Largest number of examples in one pass; None keeps batches as given.
+        precision: Precision of the products that contract float32 gradients:
+            ``"float32"``, ``"tf32"`` (GPUs), ``"bf16"`` or ``"bf16x3"``, see
+            `ntk.kernels.precision`. The model is evaluated in its own dtype.
+
+    Returns:
+        ``(n, m, c, d)``, or ``(n, m)`` if reduced, in float64 on the model's device;
+        for a mapping of spaces, a dictionary of kernels.
+
+    Raises:
+        ValueError: If an argument has a value that is not listed above.
+    """
+    options = KernelOptions(
+        kind, reduce, precision, implementation, outputs, batch_size
+    )
+    named = space if isinstance(space, Mapping) else {"": space or Full()}
+    result = compute(model, inputs, other, spaces=named, options=options)
+    if isinstance(space, Mapping):
+        return result.kernels
+    return result.kernels[""]
+
+
+def compute(
+    model: nn.Module,
+    inputs: Inputs,
+    other: Inputs | int | None = None,
+    *,
+    spaces: Mapping[str, Space],
+    options: KernelOptions = KernelOptions(),
+    engine: Callable[[EngineInput], Engine] = Engine,
+    left_bytes: int = LEFT_BYTES,
+    sample: Batch | None = None,
+    progress: Progress | None = None,
+) -> KernelResult:
+    """Compute the kernels of several spaces, see `empirical_ntk`.
+
+    Args:
+        model: Any module; evaluated in eval mode and restored.
+        inputs: n examples.
+        other: m examples; None means ``inputs``. A number k means the first k batches
+            of ``inputs`` (a list), which are then not run twice.
+        spaces: Tangent spaces by name.
+        options: How kernels are computed.
+        engine: Constructor of the engine that computes them.
+        left_bytes: Memory for the features and factors of a group of left examples, in
+            bytes; those of the right ones stay in memory besides.
+        sample: Examples on which it is determined how parameters are served; None means
+            the first batch of at least two.
+        progress: Called as the work goes on.
+
+    Returns:
+        The kernels, with traces, sizes and services.
+
+    Raises:
+        ValueError: If no space is given, or the spaces or the model do not fit the
+            options.
+    """
+    if not spaces:
+        raise ValueError("space={} names no tangent space. Pass at least one.")
+    check_model(model)
+    first = next(model.parameters())
+    check_precision(options.precision, first)
+    maps = resolve(spaces, model)
+    if options.kind != "sgd" and any(map(_is_sketched, maps.values())):
+        raise ValueError(
+            f"kind={options.kind!r} needs every gradient entry's sign, which a sketch "
+            "does not keep. Use kind='sgd', or the space itself."
+        )
+    left = to_batches(inputs, first.device, options.batch_size)
+    if other is None:
+        right = left
+    elif isinstance(other, int):
+        shared = to_batches(_first(inputs, other), first.device, options.batch_size)
+        right = left[: len(shared)]
+    else:
+        right = to_batches(other, first.device, options.batch_size)
+    if sample is not None:
+        (sample,) = to_batches(sample, first.device)
+    coupled = options.reduce == "full"
+    contraction = Contraction(*TRANSFORMS[options.kind], coupled, options.precision)
+    with evaluating(model):
+        prepared = engine(
+            EngineInput(
+                function=NetworkFunction(
+                    model, reader(options.outputs, options.reduce)
+                ),
+                left=left,
+                right=right,
+                maps=maps,
+                contraction=contraction,
+                left_bytes=left_bytes,
+                sample=sample,
+                progress=progress,
+            )
+        )
+        if options.implementation == "jvp":
+            result = prepared.run_products()
+        else:
+            result = prepared.run(by_factors=options.implementation == "factors")
+    if coupled:
+        n, m = (sum(map(batch_length, side)) for side in (left, right))
+        result.kernels = {
+            name: _example_major(k, n, m) for name, k in result.kernels.items()
+        }
+    return result
+
+
+def _example_major(gram: Tensor, n: int, m: int) -> Tensor:
+    """Return the kernel ``(n, m, c, d)`` of an output-major Gram ``(c n, d m)``."""
+    c, d = gram.shape[0] // n, gram.shape[1] // m
+    return gram.view(c, n, d, m).permute(1, 3, 0, 2).contiguous()
+
+
+def _is_sketched(maps: Maps) -> bool:
+    return any(isinstance(map_, Sketch) for held in maps.values() for map_ in held)
+
+
+def _first(inputs: Inputs, count: int) -> Inputs:
+    if isinstance(inputs, Mapping | Tensor) or not 1 <= count <= len(inputs):
+        raise ValueError(
+            f"other={count} needs inputs as a list of at least as many batches, and at "
+            "least 1."
+        )
+    return inputs[:count]
+
+
+def reader(outputs: Readout | None, reduce: str) -> Readout | None:
+    """Return the readout whose kernel, summed over outputs, is the reduced kernel.
+
+    Args:
+        outputs: The readout of all outputs; None means the default.
+        reduce: The reduction.
+    """
+    if reduce != "margin":
+        return outputs
+    return _Margin(outputs or logits)
+
+
+@dataclass(frozen=True)
+class _Margin:
+    """Reads out f[1] - f[0]; equal to itself for the same readout."""
+
+    read: Readout
+
+    def __call__(self, output: object) -> Tensor:
+        values = self.read(output)
+        if values.ndim != 2 or values.shape[1] != 2:
+            raise ValueError(
+                "reduce='margin' needs two outputs, but the model has shape "
+                f"{tuple(values.shape)}."
+            )
+        return values[:, 1:] - values[:, :1]

@@ -1,0 +1,236 @@
+"""The JSON record of a comparison, which `report` renders.
+
+The kernels have training and test examples as rows and training examples as columns.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ntk.gradients import evaluating, logits
+from ntk.kernels import ApproximateKernel, KernelResult, check_entries, reference_model
+from ntk.scale import Computation, Plan, held
+from ntk.spaces import Space
+from ntk.studies.comparison.measurement import Measurement
+from ntk.studies.comparison.subject import Comparison
+from ntk.studies.encoding import EncodedSplit
+from rocoft.commands import Progress
+from rocoft.models import Architecture, Backbone, order_of_place
+
+Array = NDArray[np.float64]
+Record = dict[str, Any]
+GRADIENTS = 4
+"""Copies of a space's gradient that the spot check holds besides its C gradients."""
+
+
+@dataclass
+class Evaluation:
+    """The record of a comparison and its kernels.
+
+    Attributes:
+        record: JSON values.
+        kernels: Kernels by space, ``(train + test, train, c, c)``; rows in the order
+            of the split, training examples first.
+    """
+
+    record: Record
+    kernels: dict[str, Tensor]
+
+
+@dataclass
+class _Stopwatch:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = (
+                self.seconds.get(what, 0.0) + time.perf_counter() - start
+            )
+
+
+def evaluate(
+    compared: Comparison,
+    computation: Computation,
+    *,
+    offset: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compare the kernels of several spaces with the full kernel.
+
+    Args:
+        compared: The model, the examples and the spaces.
+        computation: The computed kernels.
+        offset: Whether classifiers start from the model's own outputs.
+        progress: Called after each space.
+
+    Returns:
+        The record and the kernels.
+    """
+    watch = _Stopwatch({"kernels": computation.seconds})
+    backbone, split, module = (
+        compared.backbone,
+        compared.split,
+        compared.backbone.module,
+    )
+    architecture = Architecture(module)
+    roles, spaces, data = compared.roles, compared.spaces, compared.data
+    options, result = compared.options, computation.result
+    plan, kept, kind = computation.plan, computation.cache, options.kind
+    estimate = compared.estimated(result)
+    outputs = _outputs(backbone, data)
+    exact = {name: spaces[name] for name in roles}
+    if estimate is not None:
+        result.sizes["full"] = _size(exact.pop("full"), architecture)
+    kernels = {k: data.in_split_order(v) for k, v in result.kernels.items()}
+    with watch("certificate"):
+        reference = reference_model(module, _room(plan, module))
+        copies, room = outputs.shape[1] + GRADIENTS, _room(plan, module)
+        exact = {n: s for n, s in exact.items() if 4 * copies * result.sizes[n] <= room}
+        checks = check_entries(
+            reference,
+            data.batches,
+            exact,
+            result.kernels,
+            kind=kind,
+            seed=split.seed,
+        )
+    measure = Measurement(data, kernels, kind, outputs if offset else None, split.seed)
+    entries = []
+    steps = len(roles)
+    for number, (name, role) in enumerate(roles.items()):
+        entry = _entry(name, role, spaces[name], result, architecture, checks)
+        with watch("measures"):
+            entry |= measure.measures(name, "head" if compared.with_head else None)
+        with watch("classifiers"):
+            entry["classifiers"] = measure.classify(name)
+        entries.append(entry)
+        if progress is not None:
+            progress("measures", number + 1, steps)
+    with watch("classifiers"):
+        random = measure.random_selections([n for n in spaces if n not in roles])
+        shuffled = measure.shuffled()
+    test = data.labels[data.train :]
+    accuracy = float((outputs[data.train :].argmax(axis=1) == test).mean())
+    record: Record = {
+        "model": {
+            "name": backbone.name,
+            "parameters": sum(p.numel() for p in architecture.parameters.values()),
+            "readout": backbone.readout,
+            "new_head": backbone.new_head,
+            "notes": backbone.notes,
+            "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+        },
+        "task": {
+            "name": split.task.name,
+            "labels": list(split.task.labels),
+            "source": split.task.source,
+            "seed": split.seed,
+            "shots": len(split.train) // len(split.task.labels),
+            "train": len(split.train),
+            "test": len(split.test),
+            "outputs": outputs.shape[1],
+        },
+        "kernel": {
+            "kind": kind,
+            "precision": options.precision,
+            "implementation": options.implementation,
+            "services": _services(result),
+            "with_head": compared.with_head,
+            "offset": offset,
+            "estimate": None if estimate is None else _estimate(estimate),
+            "processes": computation.processes,
+            "passes": None if plan is None else plan.passes,
+            "parts": None if plan is None else plan.parts,
+            "kept": None
+            if kept is None
+            else {"found": kept.parts_found, "problem": kept.problem},
+        },
+        "f0": {"accuracy": accuracy},
+        "spaces": entries,
+        "random": random,
+        "shuffled": shuffled,
+        "heatmap": measure.heatmaps(
+            [n for n, r in roles.items() if r != "control"][:4]
+        ),
+        "timing": watch.seconds,
+    }
+    return Evaluation(record, {name: kernels[name] for name in roles})
+
+
+def _room(plan: Plan | None, module: nn.Module) -> float:
+    """Return the bytes of a plan's budget that are not in use."""
+    if plan is None:
+        return float("inf")
+    return plan.budget - held(next(module.parameters()).device)
+
+
+def _outputs(backbone: Backbone, data: EncodedSplit) -> Array:
+    """Return the model's outputs ``(n, c)`` in the order of the split."""
+    rows = []
+    with evaluating(backbone.module), torch.no_grad():
+        for batch in data.batches:
+            rows.append(logits(backbone.module(**batch)))
+    return torch.cat(rows).double().cpu().numpy()[np.argsort(data.order)]
+
+
+def _services(result: KernelResult) -> dict[str, Any]:
+    by: dict[str, list[str]] = {}
+    for name, service in result.services.items():
+        by.setdefault(service.value, []).append(name)
+    return {
+        "batch": len(by.get("batch", [])),
+        **{kind: by.get(kind, []) for kind in ("single", "definition", "unused")},
+    }
+
+
+def _size(space: Space, architecture: Architecture) -> int:
+    """Return the number of coordinates of a space."""
+    shapes = {name: p.shape for name, p in architecture.parameters.items()}
+    maps = space.maps(architecture)
+    return sum(m.size(shapes[name]) for name, several in maps.items() for m in several)
+
+
+def _estimate(estimate: ApproximateKernel) -> Record:
+    return {
+        "entries": estimate.entries,
+        "unit": estimate.unit,
+        "replicates": estimate.replicates,
+        "relative_error": estimate.relative_error(),
+    }
+
+
+def _entry(
+    name: str,
+    role: str,
+    space: Space,
+    result: KernelResult,
+    architecture: Architecture,
+    checks: Mapping[str, dict[str, Any]],
+) -> Record:
+    total = sum(p.numel() for p in architecture.parameters.values())
+    layers: dict[str, float] = {}
+    for parameter, trace in result.traces.get(name, {}).items():
+        where = architecture.place(parameter)
+        layers[where] = layers.get(where, 0.0) + trace
+    return {
+        "name": space.name,
+        "label": name,
+        "role": role,
+        "parameters": result.sizes[name],
+        "share": result.sizes[name] / total,
+        "certificate": checks.get(name),
+        "trace_by_layer": dict(
+            sorted(layers.items(), key=lambda item: order_of_place(item[0]))
+        ),
+    }

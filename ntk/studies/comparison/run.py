@@ -1,0 +1,226 @@
+"""The work of `python -m ntk.compare`: kernels, their record, its report."""
+
+import datetime
+import importlib.metadata
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ntk.kernels import Estimator, KernelOptions, SamplingEstimator, SketchEstimator
+from ntk.reporting import to_json
+from ntk.scale import Plan, PlanCost, Processes, Work, kernels, plan, save_kernels
+from ntk.spaces import Bias, Columns, Embeddings, LoRA, Norm, Rows, Space, parse_space
+from ntk.studies.comparison import record as records
+from ntk.studies.comparison import report
+from ntk.studies.comparison.findings import summary_lines
+from ntk.studies.comparison.options import CompareOptions
+from ntk.studies.comparison.subject import Comparison
+from rocoft.commands import OptionError, progress_bar, replacing_folder
+from rocoft.data import Split, few_shot
+from rocoft.models import Backbone, load_backbone, resolved_device
+from rocoft.training import EMBEDDED, versions
+
+KERNELS = "kernels.safetensors"
+
+
+def run(options: CompareOptions, command: str) -> list[str]:
+    """Compare kernels, and write and print what was found.
+
+    Args:
+        options: The command's options.
+        command: The command line, for the record.
+
+    Returns:
+        Nothing that failed.
+
+    Raises:
+        ValueError: If the comparison cannot be done as asked.
+    """
+    spaces = requested_spaces(options)
+    approximate = estimator(options.kernels.approximate)
+    folder = None if options.kernels.plan else _folder(options)
+    start = time.perf_counter()
+    given, group = options.model, options.kernels
+    device = resolved_device(given.device)
+    processes = Processes.launched(device)
+    helps = processes is not None and not processes.is_first
+    silent = options.output.silent or helps
+    split = _split(options)
+    if not silent and given.model is None:
+        print("model: embedded MiniLM-L6; name another with --model")  # noqa: T201
+    backbone = load_backbone(
+        given.model,
+        split,
+        readout=given.readout,
+        head=given.head_init,
+        seed=options.task.seed,
+        max_length=given.max_length,
+        device=device if processes is None else str(processes.device),
+        dtype=getattr(torch, given.dtype),
+        load_in=given.load_in,
+        offload=given.offload,
+    )
+    if not silent:
+        for line in _opening(split, backbone):
+            print(line)  # noqa: T201
+    loaded = time.perf_counter() - start
+    compared = Comparison.of(
+        backbone,
+        split,
+        spaces,
+        with_head=options.spaces.head,
+        batch_size=group.batch_size,
+        approximate=approximate,
+        options=KernelOptions(
+            kind=group.kind,
+            precision=group.precision,
+            implementation=group.implementation,
+        ),
+    )
+    resources = replace(
+        group.resources(options.output.cache_folder), processes=processes
+    )
+    if folder is None:
+        planned = plan(compared.work, resources)
+        if not helps:
+            _show_plan(compared.work, planned, processes, options.output.json)
+        return []
+    with progress_bar(silent) as progress:
+        computation = kernels(compared.work, resources, progress=progress)
+        if helps:
+            return []
+        evaluation = records.evaluate(
+            compared, computation, offset=group.offset, progress=progress
+        )
+    record = {
+        "version": importlib.metadata.version("rocoft-ntk"),
+        "command": command,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions("numpy", "scikit-learn"),
+        **evaluation.record,
+    }
+    record["timing"] = {"load": loaded, **record["timing"]}
+    with replacing_folder(folder) as part:
+        report.write_report(record, part)
+        save_kernels(part / KERNELS, evaluation.kernels, _header(record))
+    _show(record, folder, options)
+    return []
+
+
+def requested_spaces(options: CompareOptions) -> list[Space]:
+    """Return the spaces that the options ask for, rows 1 3 and columns 1 3 if none.
+
+    Args:
+        options: The command's options.
+
+    Returns:
+        The spaces, without the full one and without the head.
+    """
+    given, seed = options.spaces, options.task.seed
+    rows, columns = given.rows, given.columns
+    others = (given.lora, given.bias, given.norm, given.embeddings, given.space)
+    if not rows and not columns and not any(others):
+        rows = columns = (1, 3)
+    choice: dict[str, Any] = {
+        "strategy": given.strategy,
+        "seed": seed,
+        "rescale": given.rescale,
+    }
+    spaces: list[Space] = [Rows(r, **choice) for r in rows]
+    spaces += [Columns(r, **choice) for r in columns]
+    spaces += [LoRA(r, seed=seed, rescale=given.rescale) for r in given.lora]
+    spaces += [Norm()] * given.norm + [Embeddings()] * given.embeddings
+    spaces += [Bias()] * given.bias
+    spaces += [parse_space(text) for text in given.space]
+    if given.modules:
+        spaces = [space.at(*given.modules) for space in spaces]
+    if given.layers:
+        spaces = [space.layers(*given.layers) for space in spaces]
+    return spaces
+
+
+def estimator(text: str | None) -> Estimator | None:
+    """Return how the full kernel is estimated.
+
+    Args:
+        text: Such as ``sketch:4096``, ``rows:64`` or ``columns:64``.
+
+    Returns:
+        The estimator; None if there is no text.
+
+    Raises:
+        OptionError: If there is no estimator of such a size.
+    """
+    if text is None:
+        return None
+    name, _, size = text.partition(":")
+    try:
+        if name == "sketch":
+            return SketchEstimator(int(size))
+        return SamplingEstimator(
+            int(size), axis="rows" if name == "rows" else "columns"
+        )
+    except ValueError as error:
+        raise OptionError(f"--approximate {text}: {error}") from None
+
+
+def _split(options: CompareOptions) -> Split:
+    given = options.task
+    return few_shot(given.load(), given.shots, given.test_size, given.seed)
+
+
+def _folder(options: CompareOptions) -> Path:
+    model = EMBEDDED if options.model.model is None else Path(options.model.model).name
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{model}-{options.task.name}-{stamp}"
+    return options.output.new_folder(name, KERNELS)
+
+
+def _header(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file of kernels says of them."""
+    keys = ("version", "command", "model", "task", "kernel")
+    return {
+        **{key: record[key] for key in keys},
+        "rows": "training then test examples; columns: training examples",
+        "spaces": {entry["label"]: entry["name"] for entry in record["spaces"]},
+    }
+
+
+def _show_plan(
+    work: Work, plan: Plan, processes: Processes | None, as_json: bool
+) -> None:
+    size = 1 if processes is None else processes.size
+    cost = PlanCost.of(work, plan, processes=size)
+    if as_json:
+        print(json.dumps({"plan": cost.lines()}, indent=1))  # noqa: T201
+    else:
+        print("\n".join(cost.lines()))  # noqa: T201
+
+
+def _show(record: dict[str, Any], folder: Path, options: CompareOptions) -> None:
+    if options.output.json:
+        print(to_json(record))  # noqa: T201
+        return
+    if options.output.quiet:
+        return
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(report.table(record))
+    for line in summary_lines(record):
+        console.print(line, highlight=False, markup=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _opening(split: Split, backbone: Backbone) -> list[str]:
+    task = split.task
+    lines = [
+        f"task: {task.name} ({task.source}), {len(split.train)} training and "
+        f"{len(split.test)} test examples, labels {', '.join(task.labels)}",
+        f"readout: {backbone.readout}",
+    ]
+    return lines + [f"note: {note}" for note in backbone.notes]

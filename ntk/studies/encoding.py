@@ -1,0 +1,83 @@
+"""The examples of a split as batches of tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rocoft.data import Split
+from rocoft.models import Backbone
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Batches of training, dev and test examples, in this order.
+
+    Attributes:
+        batches: Batches, each of one part of the split and sorted by length.
+        train_batches: Number of batches of training examples.
+        order: Index in the split of each example, in the order of the batches.
+        labels: ``(n,)`` labels in the order of the split.
+        train: Number of training examples.
+        held: Number of dev examples.
+    """
+
+    batches: list[dict[str, Tensor]]
+    train_batches: int
+    order: list[int]
+    labels: NDArray[Any]
+    train: int
+    held: int
+
+    @property
+    def dev(self) -> slice:
+        """The dev examples in the order of the split."""
+        return slice(self.train, self.train + self.held)
+
+    @property
+    def test(self) -> slice:
+        """The test examples in the order of the split."""
+        return slice(self.train + self.held, None)
+
+    def in_split_order(self, kernel: Tensor) -> Tensor:
+        """Return a kernel with rows and columns in the order of the split.
+
+        Args:
+            kernel: Kernel of all batches and the training batches, ``(n, m, ...)``.
+
+        Returns:
+            The kernel on the CPU.
+        """
+        rows = torch.tensor(np.argsort(self.order))
+        columns = torch.tensor(np.argsort(self.order[: self.train]))
+        return kernel.cpu()[rows][:, columns]
+
+
+def encode_split(
+    backbone: Backbone, split: Split, batch_size: int, device: torch.device | str
+) -> EncodedSplit:
+    """Encode the examples of a split.
+
+    Args:
+        backbone: The model.
+        split: The split; parts of it may be empty.
+        batch_size: Maximal number of examples in a batch.
+        device: Device of the batches.
+
+    Returns:
+        The encoded examples.
+    """
+    batches: list[dict[str, Tensor]] = []
+    order: list[int] = []
+    counts = []
+    for part in (split.train, split.dev, split.test):
+        encoded, indices = backbone.encode(part, batch_size)
+        order += [len(order) + i for i in indices]
+        batches += [{k: v.to(device) for k, v in batch.items()} for batch in encoded]
+        counts.append(len(encoded))
+    labels = [e.label for e in (*split.train, *split.dev, *split.test)]
+    sizes = len(split.train), len(split.dev)
+    return EncodedSplit(batches, counts[0], order, np.array(labels), *sizes)

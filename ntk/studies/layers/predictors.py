@@ -1,0 +1,148 @@
+"""Measures of a set of layers before tuning that might predict the test score.
+
+Every measure is one of K_S + H, the sum of the kernels of the layers S and of the head,
+which is tuned with them. The ridge s is epsilon times the mean eigenvalue: that of the
+kernel of all layers for the target-aware score and GCV, so that sets are comparable;
+that of the set's own kernel for the effective dimension and the condition number, so
+that they do not depend on scale.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+
+from ntk.kernels import combined
+from ntk.measures import Array, RidgeRegression, distance, gram_matrix, spectrum
+from ntk.studies.layers.records import LayerKernels
+
+
+class Predictor(NamedTuple):
+    """A measure that might predict which layers to tune.
+
+    Attributes:
+        sign: 1 if larger values should mean a better score, else -1.
+        meaning: Definition in a sentence.
+    """
+
+    sign: int
+    meaning: str
+
+
+TARGET_AWARE = "target-aware"
+SIZE = "parameters"
+PREDICTORS = {
+    TARGET_AWARE: Predictor(
+        1,
+        "Relative decrease of r'(K + s I)^-1 r from the head alone to the layers and "
+        "the head; r is one-hot labels minus the model's probabilities.",
+    ),
+    "target-aware, labels": Predictor(
+        1, "The same with r the labels minus their mean, ignoring the model's outputs."
+    ),
+    "GCV": Predictor(
+        -1, "Generalised cross-validation of ridge regression of r: expected test risk."
+    ),
+    "GCV, labels": Predictor(-1, "The same for the labels minus their mean."),
+    "alignment": Predictor(1, "Kernel-target alignment with r."),
+    "alignment, labels": Predictor(1, "The same with the labels minus their mean."),
+    "gradient norm": Predictor(
+        1, "Norm of the gradient of the loss whose residual is r, head included."
+    ),
+    "effective dimension": Predictor(
+        1, "tr K (K + s I)^-1: number of directions that the ridge does not shrink."
+    ),
+    "condition number": Predictor(
+        -1, "(l_1 + s) / (l_k + s): the published metric, with a relative ridge."
+    ),
+    "largest eigenvalue": Predictor(
+        -1, "l_1 of the kernel: the published rule takes the smallest."
+    ),
+    "trace": Predictor(1, "Sum of the eigenvalues: squared norm of the Jacobian."),
+    SIZE: Predictor(1, "Number of tuned parameters; needs no kernel."),
+}
+"""Predictors by name, in display order."""
+
+
+def predictors(
+    kernels: LayerKernels, chosen: Collection[str], epsilon: float
+) -> dict[str, float]:
+    """Return all predictors of a set of layers.
+
+    Args:
+        kernels: The kernels of all layers.
+        chosen: Names of the layers in the set; empty for the head alone.
+        epsilon: The ridge in units of the mean eigenvalue.
+
+    Returns:
+        Values by the names of `PREDICTORS`.
+    """
+    gram = kernel_of(kernels, chosen)
+    values = spectrum.eigenvalues(gram)
+    own_ridge = spectrum.relative_ridge(values, epsilon)
+    r = kernels.residual
+    measures = {
+        "gradient norm": gradient_norm(gram, r),
+        "effective dimension": spectrum.effective_dimension(values, own_ridge),
+        "condition number": spectrum.condition_number(values, own_ridge),
+        "largest eigenvalue": float(values[0]),
+        "trace": float(np.trace(gram)),
+        SIZE: float(sum(kernels.layers[name].parameters for name in chosen)),
+    }
+    for targets, end in ((r, ""), (kernels.labels, ", labels")):
+        fit = RidgeRegression.of(gram, targets, outputs=kernels.outputs)
+        measures[TARGET_AWARE + end] = _explained(kernels, fit, epsilon)
+        measures["GCV" + end] = fit.gcv(_ridge(kernels, epsilon))
+        measures["alignment" + end] = distance.alignment(gram, targets)
+    return {name: measures[name] for name in PREDICTORS}
+
+
+def explained(kernels: LayerKernels, chosen: Collection[str], epsilon: float) -> float:
+    """Return the target-aware score of a set of layers.
+
+    Args:
+        kernels: The kernels of all layers.
+        chosen: Names of the layers in the set; empty for the head alone, with score 0.
+        epsilon: The ridge in units of the mean eigenvalue.
+
+    Returns:
+        The relative decrease of r'(K + s I)^-1 r against the head alone.
+    """
+    gram = kernel_of(kernels, chosen)
+    return _explained(kernels, RidgeRegression.of(gram, kernels.residual), epsilon)
+
+
+def gradient_norm(gram: Array, residual: Array) -> float:
+    """Return (r'K r)^1/2, the norm of the gradient of a loss whose residual is r.
+
+    Args:
+        gram: ``(k, k)`` kernel K.
+        residual: ``(k, t)`` residual r.
+    """
+    return max(float(np.vdot(residual, gram @ residual)), 0.0) ** 0.5
+
+
+def kernel_of(kernels: LayerKernels, chosen: Collection[str]) -> Array:
+    """Return the kernel of some layers and the head.
+
+    Args:
+        kernels: The kernels of all layers.
+        chosen: Names of the layers.
+
+    Returns:
+        The ``(k, k)`` kernel.
+    """
+    if not chosen:
+        return kernels.base
+    return kernels.base + gram_matrix(combined(kernels.layers, chosen)).numpy()
+
+
+def _explained(kernels: LayerKernels, fit: RidgeRegression, epsilon: float) -> float:
+    start = RidgeRegression.of(kernels.base, fit.targets)
+    ridge = _ridge(kernels, epsilon)
+    return 1 - fit.optimum(ridge) / start.optimum(ridge)
+
+
+def _ridge(kernels: LayerKernels, epsilon: float) -> float:
+    gram = kernel_of(kernels, kernels.layers)
+    return epsilon * float(np.trace(gram)) / len(gram)

@@ -1,0 +1,224 @@
+"""Records of a study of layers: the kernel of each layer, and fine-tuning of some.
+
+The layers are the transformer blocks in which a space has parameters. Parameters
+outside the blocks are left out, except a classification head: it is always tuned, so
+its kernel is added to that of any layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntk.gradients import calibrate
+from ntk.kernels import LayerKernel, layer_spaces
+from ntk.layer_selection import starting_residual
+from ntk.measures import Array, gram_matrix
+from ntk.spaces import Head, LowRank, Maps, parse_space, resolve
+from ntk.studies.folder import Cell, Record
+from ntk.studies.protocol import Protocol, ScoredSplit, description
+from ntk.studies.tuned import scores_of, tuned_on
+from rocoft.models import Architecture, SelectionError
+from rocoft.training import parse_method
+
+HEAD = "head"
+"""Name of the head in `layerwise.layer_spaces`, and the method that tunes no layer."""
+LAYERS = "layers"
+"""Kind of the records of kernels."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerKernels:
+    """The kernels of a model's layers on the training examples of a split.
+
+    Attributes:
+        layers: ``(k, k)`` kernels by layer.
+        base: ``(k, k)`` kernel of the head; zero if there is none.
+        residual: ``(k, t)`` one-hot labels minus the model's probabilities; for a
+            margin the column of the second label.
+        labels: ``(k, t)`` one-hot labels minus their mean.
+        outputs: Number of consecutive rows per example.
+    """
+
+    layers: dict[str, LayerKernel]
+    base: Array
+    residual: Array
+    labels: Array
+    outputs: int
+
+    @classmethod
+    def of(cls, record: Record) -> "LayerKernels":
+        """Read the kernels from a record.
+
+        Args:
+            record: A record of `layer_records`.
+
+        Returns:
+            The kernels.
+        """
+        sizes = record["parameters"]
+        kernels = {name: _whole(rows) for name, rows in record["kernels"].items()}
+        base = kernels.pop(HEAD, None)
+        layers = {
+            name: LayerKernel(torch.from_numpy(kernel), sizes[name])
+            for name, kernel in kernels.items()
+        }
+        rows = len(next(iter(kernels.values())))
+        labels, f0 = np.array(record["train_labels"]), np.array(record["own_outputs"])
+        residual = starting_residual(labels, f0)
+        # One column per output, even if a label has no example.
+        targets = np.eye(f0.shape[1])[labels]
+        flat = lambda r: _by_row(r, rows, margin=record["reduction"] == "margin")
+        return cls(
+            layers,
+            np.zeros((rows, rows)) if base is None else base,
+            flat(residual),
+            flat(targets - targets.mean(axis=0)),
+            rows // len(labels),
+        )
+
+
+def check_layers(protocol: Protocol, cell: Cell, space: str) -> dict[str, int]:
+    """Check that a space has layers, before any kernel is computed.
+
+    Args:
+        protocol: Settings of the study.
+        cell: Any split.
+        space: Space in the notation of `notation.parse_space`.
+
+    Returns:
+        The number of parameters of each layer.
+
+    Raises:
+        SelectionError: If the space has no layers.
+    """
+    split = protocol.split(cell)
+    backbone = protocol.backbone(split)
+    module = backbone.module
+    architecture = Architecture(module)
+    # The number of rows does not depend on the examples that select them: use two.
+    some = backbone.encode(split.train[:2], 2)[0]
+    some = [{k: v.to(protocol.device) for k, v in batch.items()} for batch in some]
+    parts = layer_spaces(module, calibrate(parse_space(space), module, some))
+    maps = resolve({n: part for n, part in parts.items() if n.isdigit()}, module)
+    if not maps:
+        raise SelectionError(
+            f"--space {space} has no layers to choose from: it reaches "
+            f"{', '.join(parts)} alone. Give one of weights in the blocks, such as "
+            "lora:8, rows:3 or full."
+        )
+    return {layer: _trained(own, architecture) for layer, own in maps.items()}
+
+
+def _trained(maps: Maps, architecture: Architecture) -> int:
+    """Return the number of trained parameters; LoRA trains A as well as B."""
+    shape = lambda name: architecture.parameters[name].shape
+    return sum(
+        m.size(shape(name)) + (m.rank * m.of.inputs if isinstance(m, LowRank) else 0)
+        for name, of_parameter in maps.items()
+        for m in of_parameter
+    )
+
+
+def layer_records(
+    protocol: Protocol, cell: Cell, spaces: Sequence[str]
+) -> list[Record]:
+    """Compute the kernels of all layers on the training examples, one pass per space.
+
+    Args:
+        protocol: Settings of the study.
+        cell: The split.
+        spaces: Spaces in the notation of `notation.parse_space`.
+
+    Returns:
+        A record for each space, with the lower triangles of the Gram matrices.
+    """
+    split = protocol.split(cell)
+    backbone = protocol.backbone(split)
+    data = ScoredSplit.of(backbone, replace(split, dev=(), test=()), protocol)
+    reduction = protocol.reduction(data.f0.shape[1])
+    records = []
+    for text in spaces:
+        space = calibrate(parse_space(text), backbone.module, data.batches)
+        if backbone.readout == "head":
+            space = space + Head()
+        layers = layer_spaces(backbone.module, space)
+        if backbone.readout != "head":
+            layers.pop(HEAD, None)
+        kept = {n: each for n, each in layers.items() if n.isdigit() or n == HEAD}
+        kernels = protocol.kernels(backbone, data, kept).kernels
+        maps = resolve(kept, backbone.module)
+        architecture = Architecture(backbone.module)
+        records.append(
+            {
+                **description(backbone, split),
+                "space": text,
+                "reduction": reduction,
+                "train_labels": data.labels.tolist(),
+                "own_outputs": data.f0.tolist(),
+                "parameters": {n: _trained(maps[n], architecture) for n in kept},
+                "kernels": {
+                    n: _triangle(data.in_split_order(kernels[n])) for n in kept
+                },
+                "left_out": [name for name in layers if name not in kept],
+            }
+        )
+    return records
+
+
+def fine_tuning_records(
+    protocol: Protocol, cell: Cell, space: str, methods: Sequence[str]
+) -> list[Record]:
+    """Fine-tune some layers on a split.
+
+    Args:
+        protocol: Settings of the study. Learning rates of the space are used for any
+            of its layers.
+        cell: The split.
+        space: The method of all layers, in the notation of
+            `rocoft.training.methods.parse_method`.
+        methods: Methods of some layers, see `subsets.method_of`.
+
+    Returns:
+        A record for each method.
+    """
+    split = protocol.split(cell)
+    backbone = protocol.backbone(split)
+    records = []
+    for method in methods:
+        rates = protocol.rates.get(method)
+        if rates is None and method != HEAD:
+            rates = protocol.rates.get(str(parse_method(space)))
+        tuned = tuned_on(protocol, backbone, split, method, rates)
+        names = ("method", "task", "metric")
+        records.append(
+            {
+                "model": backbone.name,
+                **{name: tuned.record[name] for name in names},
+                **scores_of(tuned),
+            }
+        )
+    return records
+
+
+def _triangle(kernel: Tensor) -> list[list[float]]:
+    """Return the rows of the lower triangle of a Gram matrix."""
+    rows: list[list[float]] = gram_matrix(kernel).tolist()
+    return [row[: i + 1] for i, row in enumerate(rows)]
+
+
+def _whole(rows: Sequence[Sequence[float]]) -> Array:
+    """Return the Gram matrix with the given lower triangle."""
+    lower = np.zeros((len(rows), len(rows)))
+    for i, row in enumerate(rows):
+        lower[i, : i + 1] = row
+    return lower + np.tril(lower, -1).T
+
+
+def _by_row(targets: Array, rows: int, *, margin: bool) -> Array:
+    """Return targets ``(n, c)`` with one row per row of the Gram matrix."""
+    if margin:
+        return targets[:, 1:]
+    return targets if len(targets) == rows else targets.reshape(-1, 1)

@@ -1,0 +1,56 @@
+from .metrics import metric_names, scores, text_scores
+from .prompts import (
+    Completion,
+    Completions,
+    encode_completion,
+    generated,
+    has_prompts,
+    log_likelihoods,
+    split_completions,
+)
+from .splits import Split, few_shot, full_split, lmbff_split, with_test
+from .tasks import (
+    DEFAULT_TASK,
+    HUB,
+    SCORED_HUB,
+    Example,
+    Prompt,
+    Task,
+    TaskError,
+    load_file,
+    load_task,
+    with_prompt,
+)
+
+__all__ = [
+    # for users
+    "load_task",
+    "load_file",
+    "few_shot",
+    "lmbff_split",
+    # metrics
+    "metric_names",
+    "scores",
+    "text_scores",
+    # prompts
+    "Completion",
+    "Completions",
+    "encode_completion",
+    "generated",
+    "has_prompts",
+    "log_likelihoods",
+    "split_completions",
+    # splits
+    "Split",
+    "full_split",
+    "with_test",
+    # tasks
+    "DEFAULT_TASK",
+    "Example",
+    "HUB",
+    "Prompt",
+    "SCORED_HUB",
+    "Task",
+    "TaskError",
+    "with_prompt",
+]

@@ -1,0 +1,377 @@
+"""A pretrained transformer with its tokenizer and readout: texts in, outputs out.
+
+Readouts
+--------
+- ``"head"``: logits of a classification head. If the checkpoint has none, a new head is
+  made; its last layer is fitted to the training examples (``"probe"``, Kumar et al.
+  2022) or keeps its seeded initialisation (``"random"``).
+- ``"masked"``: logits of the label words at the mask of a prompt.
+- ``"causal"``: logits of the label words after the prompt.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from rocoft.commands import Bits, Head, Readout
+from rocoft.data import Example, Prompt, Split
+from rocoft.models.architecture import Architecture
+from rocoft.models.offloaded import keep_on_host
+from rocoft.models.pretrained import (
+    EMBEDDED_NAME,
+    BackboneError,
+    check_device,
+    embedded_folder,
+    is_mean_pooled,
+    language_model,
+    load_pretrained,
+    weight_options,
+    with_head,
+    with_mean_head,
+)
+from rocoft.models.quantised import dequantised_on_use
+from rocoft.models.readouts import LabelWords, Prompted, logits
+
+
+@dataclass
+class Backbone:
+    """A model that is ready to be called on examples.
+
+    Attributes:
+        name: Hub id, local folder, or the name of the embedded model.
+        module: Maps a batch of `encode` to ``(n, labels)`` logits, or to an object with
+            ``.logits``.
+        tokenizer: The tokenizer.
+        readout: ``"head"``, ``"masked"`` or ``"causal"``.
+        new_head: Whether the classification head was made here.
+        prompt: The prompt of a language model.
+        max_length: Maximum number of tokens of an example.
+        notes: Remarks for the user: new heads, cut examples.
+    """
+
+    name: str
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    readout: Readout
+    new_head: bool
+    prompt: Prompt | None
+    max_length: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def readout_key(self) -> str:
+        """What the outputs depend on besides the model and the examples, as text."""
+        return f"{self.readout} {self.prompt!r}"
+
+    def encode(
+        self, examples: Sequence[Example], batch_size: int
+    ) -> tuple[list[dict[str, Tensor]], list[int]]:
+        """Tokenise examples into batches of similar length.
+
+        Args:
+            examples: The examples.
+            batch_size: Maximum number of examples in a batch.
+
+        Returns:
+            The batches, and the indices in ``examples`` of their rows, in order.
+        """
+        texts = [self._text(example) for example in examples]
+        encoded: list[Any] = [self._tokens(*text) for text in texts]
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+        batches = []
+        for start in range(0, len(order), batch_size):
+            rows = [encoded[i] for i in order[start : start + batch_size]]
+            batch = dict(self.tokenizer.pad(rows, return_tensors="pt"))
+            if self.readout == "masked":
+                batch["position"] = self._mask_positions(batch["input_ids"])
+            elif self.readout == "causal":
+                batch["position"] = batch["attention_mask"].sum(dim=1) - 1
+            batches.append(batch)
+        return batches, order
+
+    def truncated(self, examples: Sequence[Example]) -> int:
+        """Return how many examples are longer than ``max_length`` tokens."""
+        return sum(
+            len(self.tokenizer(*self._text(example))["input_ids"]) > self.max_length
+            for example in examples
+        )
+
+    def _text(self, example: Example) -> tuple[str, ...]:
+        if self.readout == "head":
+            return (example.a,) if example.b is None else (example.a, example.b)
+        return (self._fill(example.a, example.b or ""),)
+
+    def _fill(self, a: str, b: str) -> str:
+        assert self.prompt is not None
+        if self.readout == "causal":
+            return self.prompt.causal.format(a=a, b=b)
+        template, mask = self.prompt.template, self.tokenizer.mask_token
+        if "{a}?" in template:
+            # LM-BFF's templates turn the first sentence into a question.
+            a = a.rstrip(" .?!")
+        return template.format(a=a, b=b, mask=mask)
+
+    def _tokens(self, *texts: str) -> Mapping[str, Any]:
+        if self.readout == "head":
+            return self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        encoded = self.tokenizer(*texts)
+        excess = len(encoded["input_ids"]) - self.max_length
+        if excess <= 0:
+            return encoded
+        return self._shortened(encoded, excess)
+
+    def _shortened(self, encoded: Mapping[str, Any], excess: int) -> Mapping[str, Any]:
+        """Cut tokens from the front of the text, so that the prompt's end stays."""
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        free = [i for i, t in enumerate(encoded["input_ids"]) if t not in special]
+        drop = set(free[:excess])
+        return {
+            key: [v for i, v in enumerate(values) if i not in drop]
+            for key, values in encoded.items()
+        }
+
+    def _mask_positions(self, tokens: Tensor) -> Tensor:
+        is_mask = tokens == self.tokenizer.mask_token_id
+        if not bool((is_mask.sum(dim=1) == 1).all()):
+            raise BackboneError(
+                "a prompt must hold exactly one mask, but that of an example has none "
+                f"or several. Remove {self.tokenizer.mask_token!r} from its text."
+            )
+        return is_mask.int().argmax(dim=1)
+
+
+def load_backbone(
+    model: str | None,
+    split: Split,
+    *,
+    readout: Readout | None = None,
+    head: Head = "probe",
+    seed: int = 0,
+    max_length: int = 128,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    load_in: Bits | None = None,
+    offload: bool = False,
+) -> Backbone:
+    """Load a pretrained model with the readout for a task.
+
+    Args:
+        model: Hub id or local folder; None means the embedded MiniLM.
+        split: The examples; a new head is fitted to the training examples.
+        readout: ``"head"``, ``"masked"``, ``"causal"`` or None: label words if the
+            checkpoint is a language model and the task has a prompt, else a head.
+        head: Initialisation of a new head.
+        seed: Seed of a new head.
+        max_length: Maximum number of tokens of an example.
+        device: Device of the model.
+        dtype: Type of its parameters.
+        load_in: Quantisation of the linear layers by bitsandbytes (``"4bit"``: NF4);
+            their weights are dequantised on use. None means no quantisation.
+        offload: Whether the weights of linear layers stay in host memory and are
+            copied to the device on use, see `rocoft.models.offloaded`.
+
+    Returns:
+        The backbone, in evaluation mode.
+
+    Raises:
+        BackboneError: If the model cannot be loaded, or lacks the readout.
+    """
+    if model is None:
+        path, name = str(embedded_folder()), EMBEDDED_NAME
+    else:
+        path = name = model
+    config = load_pretrained(AutoConfig, path, name)
+    tokenizer = load_pretrained(AutoTokenizer, path, name)
+    prompt = split.task.prompt
+    readout = readout or _default_readout(config, prompt)
+    if readout != "head" and prompt is None:
+        raise BackboneError(
+            f"readout={readout!r} needs a prompt; task {split.task.name!r} has none. "
+            "Use readout='head', or give --template and --label-words."
+        )
+    if offload and load_in is not None:
+        raise BackboneError(
+            f"load_in={load_in!r} keeps the weights on the device, offload=True does "
+            "not. Choose one of them."
+        )
+    check_device(device)
+    options = weight_options(dtype, load_in, device)
+    torch_state = torch.get_rng_state()
+    try:
+        # transformers initialises new heads from the global generator.
+        torch.manual_seed(seed)
+        module: Any
+        new_names: list[str] = []
+        if readout != "head":
+            module = language_model(path, name, readout, options)
+        else:
+            load = with_mean_head if is_mean_pooled(path) else with_head
+            module, new_names = load(path, name, len(split.task.labels), options)
+    finally:
+        torch.set_rng_state(torch_state)
+    allow_padding(tokenizer, module)
+    limit = length_limit(config, tokenizer)
+    new_paths = [parameter.rpartition(".")[0] for parameter in new_names]
+    if offload:
+        outputs = [module.get_submodule(new_path) for new_path in new_paths]
+        if readout != "head":
+            # Label words are rows of the output layer's weight: it must be in place.
+            outputs.append(module.get_output_embeddings())
+        module = keep_on_host(module, device, but=outputs)
+    elif load_in is None:
+        module = module.to(device)
+    else:
+        module = dequantised_on_use(module)
+        for new_path in new_paths:
+            module.get_submodule(new_path).to(device)
+    backbone = Backbone(
+        *(name, module.eval(), tokenizer, readout, bool(new_names)),
+        *(prompt if readout != "head" else None, min(max_length, limit)),
+    )
+    if offload:
+        backbone.notes.append("weights of linear layers are in the host's memory")
+    if max_length > limit:
+        backbone.notes.append(
+            f"max_length={max_length} is over the model's limit {limit}"
+        )
+    if readout != "head":
+        assert prompt is not None
+        words = _word_tokens(tokenizer, prompt, readout)
+        output = module.get_output_embeddings()
+        module.set_output_embeddings(LabelWords(output, words).to(device))
+        backbone.module = Prompted(module).eval()
+    elif new_names:
+        backbone.notes.append(f"new head: {', '.join(new_names)} ({head})")
+        if head == "probe":
+            fit_probe(backbone, split)
+    examples = [*split.train, *split.test]
+    if cut := backbone.truncated(examples):
+        backbone.notes.append(
+            f"{cut} of {len(examples)} examples were cut to {backbone.max_length} "
+            "tokens"
+        )
+    return backbone
+
+
+def _default_readout(config: Any, prompt: Prompt | None) -> Readout:
+    kinds = " ".join(getattr(config, "architectures", None) or [])
+    if prompt is not None and "ForMaskedLM" in kinds:
+        return "masked"
+    if prompt is not None and ("ForCausalLM" in kinds or "LMHeadModel" in kinds):
+        return "causal"
+    return "head"
+
+
+def allow_padding(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:
+    """Enable padding for models that were trained without it (GPT-2, LLaMA)."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    if getattr(module.config, "pad_token_id", None) is None:
+        module.config.pad_token_id = tokenizer.pad_token_id
+    if hasattr(module.config, "use_cache"):
+        module.config.use_cache = False
+
+
+def length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the maximum number of tokens of a model and its tokenizer."""
+    positions = getattr(config, "max_position_embeddings", None) or 10**9
+    # RoBERTa numbers positions from padding_idx + 1.
+    if getattr(config, "model_type", "") in {"roberta", "xlm-roberta", "camembert"}:
+        positions -= (getattr(config, "pad_token_id", 1) or 0) + 1
+    return int(min(positions, tokenizer.model_max_length))
+
+
+def _word_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, readout: Readout
+) -> list[int]:
+    """Return the token of each label word as it is inside a sentence."""
+    if readout == "masked" and tokenizer.mask_token is None:
+        raise BackboneError(
+            "readout='masked' needs a tokenizer with a mask token. Use 'causal' or "
+            "'head'."
+        )
+    word_tokens = []
+    first = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for word in prompt.words:
+        both = tokenizer(f"a {word}", add_special_tokens=False)["input_ids"]
+        tokens = both[len(first) :] if both[: len(first)] == first else both
+        if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
+            pieces = tokenizer.convert_ids_to_tokens(tokens)
+            raise BackboneError(
+                f"label word {word!r} is not one token of this model but {pieces}. "
+                "Give other words with --label-words, or use --readout head."
+            )
+        word_tokens.append(tokens[0])
+    if len(set(word_tokens)) != len(word_tokens):
+        raise BackboneError(
+            f"label words {prompt.words} are not distinct tokens of this model. Give "
+            "others with --label-words, or use --readout head."
+        )
+    return word_tokens
+
+
+def fit_probe(backbone: Backbone, split: Split) -> None:
+    """Fit the head's last layer to the training examples.
+
+    By logistic regression for classes, by ridge regression for scores.
+
+    Args:
+        backbone: The backbone; its module is changed.
+        split: The split with the training examples.
+
+    Raises:
+        BackboneError: If the head has no linear layer to fit.
+    """
+    module = backbone.module
+    head = Architecture(module).head
+    last = [
+        (path, layer)
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and f"{path}.weight" in head
+        and layer.out_features == len(split.task.labels)
+    ]
+    if not last:
+        raise BackboneError(
+            f"the head of {type(module).__name__} has no linear output layer to fit. "
+            "Use --head-init random."
+        )
+    path, layer = last[-1]
+    batches, order = backbone.encode(split.train, batch_size=32)
+    # Without the layer, the model's outputs are the layer's inputs.
+    module.set_submodule(path, nn.Identity())
+    try:
+        device = layer.weight.device
+        with torch.no_grad():
+            inputs = [
+                logits(module(**{k: v.to(device) for k, v in b.items()}))
+                for b in batches
+            ]
+    finally:
+        module.set_submodule(path, layer)
+    features = torch.cat(inputs).double().cpu().numpy()
+    labels = np.array([split.train[i].label for i in order])
+    biased, regression = layer.bias is not None, split.task.regression
+    probe = Ridge(fit_intercept=biased)
+    if not regression:
+        probe = LogisticRegression(max_iter=5000, fit_intercept=biased)
+    probe.fit(features, labels)
+    weight, bias = np.atleast_2d(probe.coef_), np.atleast_1d(probe.intercept_)
+    if len(weight) == 1 and not regression:
+        # Two classes have one log-odds function; the logits are plus and minus half.
+        weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
+    with torch.no_grad():
+        layer.weight.copy_(torch.as_tensor(weight))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.as_tensor(bias))

@@ -1,0 +1,88 @@
+"""Checkpoints of transformers' Trainer: their content and how to resume from them."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from rocoft.training.methods import trained_parameters
+
+
+@contextlib.contextmanager
+def only_trained_is_saved(model: nn.Module) -> Iterator[None]:
+    """Keep frozen parameters out of checkpoints of modules of other libraries.
+
+    Nothing changes for models of transformers and peft.
+    """
+    # The Trainer would write the whole state, and fails on shared parameters such as
+    # those of the label words.
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in state.keys() - trained_parameters(module).keys():
+            del state[name]
+
+    def accept_missing(module: nn.Module, keys: Any) -> None:
+        keys.missing_keys.clear()
+
+    if isinstance(model, PreTrainedModel | PeftModel):
+        yield
+        return
+    handles = (
+        model.register_state_dict_post_hook(drop),
+        model.register_load_state_dict_post_hook(accept_missing),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint, or None."""
+    paths = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
+    if not paths:
+        return None
+    return str(max(paths, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether all files are there: writing and removal may have been interrupted."""
+    needed = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "*.safetensors")
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return all(any(checkpoint.glob(name)) for name in needed)
+
+
+def has_ended(checkpoint: str) -> bool:
+    """Whether training had ended when the checkpoint was written."""
+    # The Trainer itself would take one more step before it checks.
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    control: Any = state.stateful_callbacks.get("TrainerControl", {})
+    stopped = control.get("args", {}).get("should_training_stop", False)
+    return stopped or state.global_step >= state.max_steps
+
+
+def restore_final_state(trainer: Trainer, checkpoint: str, *, best: bool) -> None:
+    """Restore state and weights that a Trainer had at the end of its training.
+
+    Args:
+        trainer: The new Trainer.
+        checkpoint: The last checkpoint of the training.
+        best: Whether to load the best weights on dev, not those of the checkpoint.
+    """
+    path = Path(checkpoint)
+    trainer.state = state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+    if best and not state.best_global_step:
+        return
+    name = f"checkpoint-{state.best_global_step}" if best else path.name
+    state.best_model_checkpoint = str(path.with_name(name))
+    trainer._load_best_model()

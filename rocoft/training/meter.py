@@ -1,0 +1,83 @@
+"""The cost of a training: seconds per step and peak memory."""
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class Meter(TrainerCallback):
+    """Times the steps of a training, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        _synchronize()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop the clock."""
+        _synchronize()
+        self.times.append(time.perf_counter() - self._start)
+
+    @property
+    def seconds(self) -> float | None:
+        """Median time of a step (s); None if there was no step."""
+        return statistics.median(self.times) if self.times else None
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start a new measurement of peak memory.
+
+    Args:
+        device: Device of the training.
+
+    Returns:
+        Whether that is possible here; if not, `peak_memory` covers the process since
+        its start.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR.write_text("5")  # Linux: resets VmHWM.
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory (bytes).
+
+    Args:
+        device: Device of the training.
+
+    Returns:
+        Peak of torch's allocations on a GPU; on a CPU the process's peak resident
+        memory, Python and libraries included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.is_file():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # ru_maxrss is in KiB, on macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,464 @@
+"""Search over learning rates: one training for each, the best on dev is kept.
+
+All training is done by transformers' Trainer. Progress is on disk: a search that was
+killed and is started again with the same settings continues at its last checkpoint and
+ends with the same weights, bit for bit.
+"""
+
+import contextlib
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import (
+    TensorBoardCallback,
+    get_reporting_integration_callbacks,
+)
+
+from rocoft.commands import Progress, differences, replacing, write_text
+from rocoft.training.checkpoints import (
+    has_ended,
+    last_checkpoint,
+    only_trained_is_saved,
+    restore_final_state,
+)
+from rocoft.training.meter import Meter, peak_memory, reset_peak_memory
+from rocoft.training.methods import trained_parameters
+
+Keep = Literal["best", "last"]
+"""Which weights of a training are kept: the best on dev, or those at its end."""
+
+LOGS = "logs"
+"""Subfolder of the search's folder for the trackers' files."""
+
+PROTOCOL: dict[str, Any] = {
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,
+    "weight_decay": 0.0,
+    "eval_strategy": "epoch",
+    "save_total_limit": 1,
+    "report_to": "none",
+    "log_level": "error",
+}
+"""Default arguments of the Trainer, the same for every method."""
+
+RESERVED = (
+    "output_dir",
+    "learning_rate",
+    "seed",
+    "data_seed",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "remove_unused_columns",
+    "label_names",
+    "use_cpu",
+    "disable_tqdm",
+    "restore_callback_states_from_checkpoint",
+)
+"""Trainer arguments that the search sets itself."""
+
+
+class TrainingError(ValueError):
+    """A training that cannot be done as asked, or that diverged."""
+
+
+class OrderedTrainer(Trainer):
+    """A Trainer that predicts in the order of the examples.
+
+    With sampling by length, transformers' Trainer predicts in the order of lengths and
+    does not return that order.
+    """
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, on which examples, and how it is scored.
+
+    Attributes:
+        name: Method, task and model, for the settings on disk.
+        build: Returns a new model; its trained parameters require gradients.
+        train: Sequence of encoded training examples.
+        dev: Sequence of encoded examples to choose learning rate and checkpoint by.
+        collate: Makes a batch of a list of encoded examples.
+        compute_metrics: From predictions to metrics.
+        primary_metric: The metric to choose by; more is better.
+        device: Device to train on.
+        trainer: Classes of the Trainer and of its arguments.
+        details: Other settings that decide the result, as JSON values.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    train: Any
+    dev: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    primary_metric: str
+    device: torch.device
+    trainer: tuple[type[Trainer], type[TrainingArguments]]
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The result of a search.
+
+    Attributes:
+        model: The chosen model, in evaluation mode.
+        trainer: Its Trainer, which predicts without computing metrics.
+        runs: One record for each learning rate, in the order given.
+        best: The record of the chosen one.
+    """
+
+    model: nn.Module
+    trainer: Trainer
+    runs: list[dict[str, Any]]
+    best: dict[str, Any]
+
+
+def search(
+    job: TrainingJob,
+    rates: Sequence[float],
+    *,
+    arguments: Mapping[str, Any],
+    patience: int | None,
+    seed: int,
+    folder: Path,
+    resume: bool,
+    keep: Keep = "best",
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Train with each learning rate and take the best on dev; ties go to the first.
+
+    Args:
+        job: The training job.
+        rates: Peak learning rates.
+        arguments: Arguments of the Trainer, over those of `PROTOCOL`.
+        patience: Evaluations without a new best after which training stops; None
+            trains to the end.
+        seed: Seed of initialisation, order of the examples and dropout.
+        folder: Folder for checkpoints, records and logs. An earlier search in it is
+            removed unless it is resumed.
+        resume: Continue the search in the folder.
+        keep: Which weights of a training are kept, and scored on dev.
+        progress: Called at every step.
+
+    Returns:
+        The best model and the records of all trainings.
+
+    Raises:
+        TrainingError: If the Trainer refuses an argument, the settings differ from
+            those in the folder, the folder holds other files, or every training
+            diverged.
+    """
+    if not rates:
+        raise TrainingError("no learning rate was given. Give one or more with --lr.")
+    if keep == "last" and patience is not None:
+        raise TrainingError(
+            f"patience={patience} stops a training at its best weights, but "
+            "keep='last' takes its last ones. Leave one of them out."
+        )
+    settings = {
+        "name": job.name,
+        "rates": list(rates),
+        "arguments": dict(arguments),
+        "patience": patience,
+        "keep": keep,
+        "seed": seed,
+        "metric": job.primary_metric,
+        "examples": [len(job.train), len(job.dev)],
+        "examples_sha256": _sha256([*job.train, *job.dev]),
+        **job.details,
+    }
+    _begin_or_check(folder, settings, resume)
+    trainer_arguments = lambda rate: _arguments(
+        job, rate, arguments, seed, folder / f"lr-{rate:g}", keep
+    )
+    runs = []
+    for rate in rates:
+        file = folder / f"lr-{rate:g}.json"
+        if not file.is_file():
+            _train(job, trainer_arguments(rate), patience, file, progress)
+        runs.append(json.loads(file.read_text()))
+    finite = [run for run in runs if run["dev"] is not None]
+    if not finite:
+        raise TrainingError(
+            f"training diverged with every learning rate of {list(rates)}: the outputs "
+            "were not finite. Give lower ones with --lr."
+        )
+    best = max(finite, key=lambda run: run["dev"][job.primary_metric])
+    rate = best["learning_rate"]
+    with seeded_generators(seed):
+        model = job.build()
+        trainer = _trainer(job, model, trainer_arguments(rate))
+    _load_weights(model, load_file(folder / f"lr-{rate:g}.safetensors"))
+    model.eval()
+    trainer.compute_metrics = None
+    return SearchResult(model, trainer, runs, best)
+
+
+@contextlib.contextmanager
+def search_folder(folder: Path | None) -> Iterator[Path]:
+    """Yield the folder of a search: the given one, or a temporary one if None."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rocoft-") as temporary:
+        yield Path(temporary) / "search"
+
+
+@contextlib.contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch; restore them afterwards.
+
+    Args:
+        seed: The seed.
+
+    Yields:
+        None.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class _ShowProgress(TrainerCallback):
+    """Reports every step."""
+
+    def __init__(self, label: str, progress: Progress) -> None:
+        self.label, self.progress = label, progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(self.label, state.global_step, state.max_steps)
+
+
+def _begin_or_check(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Begin a folder, or check that it was begun with the same settings."""
+    file = folder / "settings.json"
+    text = json.dumps(settings, indent=1, default=str) + "\n"
+    if resume and file.is_file():
+        stored, given = json.loads(file.read_text()), json.loads(text)
+        if differ := differences(stored, given):
+            raise TrainingError(
+                f"{str(folder)!r} was begun with other settings: {differ}. Use the "
+                "same ones, or another folder."
+            )
+        return
+    if file.is_file():
+        shutil.rmtree(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise TrainingError(
+            f"folder={str(folder)!r} holds files but no earlier search: settings.json "
+            "is missing. Give an empty folder or a new one."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+
+
+def _sha256(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Return a checksum of encoded examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _arguments(
+    job: TrainingJob,
+    rate: float,
+    given: Mapping[str, Any],
+    seed: int,
+    folder: Path,
+    keep: Keep,
+) -> TrainingArguments:
+    if reserved := sorted(set(given) & set(RESERVED)):
+        raise TrainingError(
+            f"arguments {', '.join(reserved)} are set by the search itself. Leave them "
+            "out."
+        )
+    options = {**PROTOCOL, **given}
+    options.setdefault("save_strategy", options["eval_strategy"])
+    if "eval_steps" in options:
+        options.setdefault("save_steps", options["eval_steps"])
+    try:
+        return job.trainer[1](
+            **options,
+            output_dir=str(folder),
+            learning_rate=rate,
+            seed=seed,
+            load_best_model_at_end=keep == "best",
+            metric_for_best_model=job.primary_metric,
+            greater_is_better=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            use_cpu=job.device.type == "cpu",
+            disable_tqdm=True,
+            # A resumed training keeps its count of evaluations for patience.
+            restore_callback_states_from_checkpoint=True,
+        )
+    except TypeError as error:
+        raise TrainingError(f"the Trainer refuses an argument: {error}.") from None
+
+
+def _trainer(
+    job: TrainingJob,
+    model: nn.Module,
+    options: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    _check_trackers(options)
+    trainer = job.trainer[0](
+        model,
+        options,
+        data_collator=job.collate,
+        train_dataset=job.train,
+        eval_dataset=job.dev,
+        compute_metrics=job.compute_metrics,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    folder = Path(str(options.output_dir))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            # Logs in output_dir would be removed with the checkpoints.
+            callback.logging_dir = str(folder.with_name(LOGS) / folder.name)
+    return trainer
+
+
+def _check_trackers(options: TrainingArguments) -> None:
+    trackers: Any = options.report_to  # TrainingArguments has made it a list.
+    for tracker in trackers:
+        try:
+            for callback in get_reporting_integration_callbacks([tracker]):
+                callback()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise TrainingError(
+                f"tracker {tracker!r} of report_to cannot be used: {error} Install "
+                "it, choose another, or leave --report_to out."
+            ) from error
+
+
+def _train(
+    job: TrainingJob,
+    options: TrainingArguments,
+    patience: int | None,
+    record_file: Path,
+    progress: Progress | None,
+) -> None:
+    """Train once; write its weights and its record beside its checkpoints."""
+    meter = Meter()
+    callbacks: list[TrainerCallback] = [meter]
+    if patience is not None:
+        callbacks.append(EarlyStoppingCallback(patience))
+    if progress is not None:
+        callbacks.append(_ShowProgress(f"lr {options.learning_rate:g}", progress))
+    folder = Path(str(options.output_dir))
+    checkpoint, best = last_checkpoint(folder), options.load_best_model_at_end
+    with seeded_generators(options.seed):
+        model = job.build()
+        peak_was_reset = reset_peak_memory(job.device)
+        with only_trained_is_saved(model):
+            trainer = _trainer(job, model, options, callbacks)
+            if checkpoint is not None and has_ended(checkpoint):
+                restore_final_state(trainer, checkpoint, best=best)
+                loss = float("nan")  # Unknown: the steps were taken by another process.
+            else:
+                output = trainer.train(resume_from_checkpoint=checkpoint)
+                loss = output.training_loss
+            if not best and not _metrics_at(trainer, trainer.state.global_step):
+                trainer.evaluate()
+    weights = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in trained_parameters(model).items()
+    }
+    with replacing(record_file.with_suffix(".safetensors")) as part:
+        save_file(weights, part)
+    state = trainer.state
+    dev = _metrics_at(trainer, state.best_global_step if best else state.global_step)
+    if dev is not None and dev[job.primary_metric] is None:
+        dev = None  # The outputs were not finite.
+    record = {
+        "learning_rate": options.learning_rate,
+        "dev": dev,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "train_loss": _finite(loss),
+        "seconds_per_step": meter.seconds,
+        "steps_timed": len(meter.times),
+        "peak_memory_bytes": peak_memory(job.device),
+        "peak_memory_is_of_this_training": peak_was_reset,
+        "history": _history(trainer),
+    }
+    write_text(record_file, json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _history(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the metrics of every evaluation, in order."""
+    log = trainer.state.log_history
+    return [_metrics(entry) for entry in log if "eval_loss" in entry]
+
+
+def _metrics_at(trainer: Trainer, step: int | None) -> dict[str, Any] | None:
+    """Return the metrics of the evaluation at a step, if there was one."""
+    return next((e for e in _history(trainer) if e["step"] == step), None)
+
+
+def _metrics(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the step and the metrics of one evaluation."""
+    timings = ("runtime", "samples_per_second", "steps_per_second")
+    metrics = {
+        key.removeprefix("eval_"): _finite(value)
+        for key, value in entry.items()
+        if key.startswith("eval_") and not key.endswith(timings)
+    }
+    return {"step": entry["step"], **metrics}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy trained weights into a model that was built in the same way."""
+    parameters = trained_parameters(model)
+    if parameters.keys() != weights.keys():
+        raise TrainingError(
+            "the weights on disk belong to other parameters than those trained now. "
+            "Use another folder."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

@@ -1,0 +1,81 @@
+"""Tiny models on disk with their tokenizers, and reviews that they can tell apart."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+from rocoft.data.splits import Split
+from rocoft.data.tasks import PROMPTS, Example, Task
+
+STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is absent")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = (
+    "a it was terrible great film play story dull bore weak fine fun smart the and "
+    "very more plot cast ok ##ish . ? ,"
+)
+BAD, GOOD = ("dull", "bore", "weak"), ("fine", "fun", "smart")
+SENTIMENT = PROMPTS["reviews"]
+QUANTISED = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+def split_of(*texts, labels=("bad", "good"), prompt=None, test=()):
+    """Return a split of texts, whose labels are their places modulo the labels."""
+    examples = tuple(Example(t, None, i % len(labels)) for i, t in enumerate(texts))
+    tests = tuple(Example(t, None, i % len(labels)) for i, t in enumerate(test))
+    task = Task("tiny", labels, examples, tests, prompt, "here")
+    return Split(task, examples, tests, 0)
+
+
+def reviews(count=8, prompt=None, test=4, labels=("bad", "good")):
+    """Return separable reviews of many lengths."""
+    texts = [
+        f"the {('film', 'play', 'story')[i % 3]} was "
+        + "very " * ((5 * i) % 4)
+        + (BAD, GOOD, ("ok", "cast", "plot"))[i % len(labels)][i % 3]
+        for i in range(count + test)
+    ]
+    return split_of(*texts[:count], prompt=prompt, test=texts[count:], labels=labels)
+
+
+def checkpoint(folder, kind="BertModel", **config):
+    """Save a tiny BERT and its tokenizer; return the folder and the model."""
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 24,
+        "initializer_range": 0.4,
+    }
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS.split()))}
+    options = tf.BertConfig(vocab_size=len(vocabulary), **sizes, **config)
+    model = getattr(tf, kind)(options).eval()
+    model.save_pretrained(folder)
+    tf.BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+    return str(folder), model
+
+
+def outputs(backbone, examples, batch_size=3):
+    """Return outputs in the order of the examples."""
+    batches, order = backbone.encode(examples, batch_size)
+    with torch.no_grad():
+        rows = [backbone.module(**batch) for batch in batches]
+    rows = torch.cat([r if isinstance(r, torch.Tensor) else r.logits for r in rows])
+    return rows[torch.tensor(np.argsort(order))]
+
+
+def pooling(folder, **modes):
+    (Path(folder) / "1_Pooling").mkdir()
+    (Path(folder) / "1_Pooling" / "config.json").write_text(json.dumps(modes))

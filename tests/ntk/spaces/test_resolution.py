@@ -1,0 +1,36 @@
+"""Cached resolved spaces against newly resolved ones."""
+
+from cases import BY_NAME
+from torch import nn
+
+from ntk.spaces.kinds import Full, LoRA, Rows
+from ntk.spaces.resolution import resolve
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def test_resolution_follows_changes_of_the_model():
+    bert = BY_NAME["bert"].build()
+    spaces = {"full": Full(), "rows": Rows(2, strategy="random"), "lora": LoRA(2)}
+    fresh = lambda: {name: space.maps(bert) for name, space in spaces.items()}
+    first = resolve(spaces, bert)
+    again = resolve(spaces, bert)
+    assert first == fresh()
+    assert all(first[name] is again[name] for name in spaces)
+    name, parameter = next(iter(bert.named_parameters()))
+    parameter.requires_grad_(False)
+    assert name not in resolve(spaces, bert)["full"]
+    layer = bert.get_submodule(QUERY.removesuffix(".weight"))
+    narrow = nn.Linear(layer.in_features, 3)
+    bert.set_submodule(QUERY.removesuffix(".weight"), narrow)
+    assert resolve(spaces, bert) == fresh()
+    assert resolve(spaces, bert)["rows"][QUERY][0].of.outputs == 3
+
+
+def test_resolution_follows_the_weights_where_selections_do():
+    bert = BY_NAME["bert"].build()
+    spaces = {"largest": Rows(1, strategy="max") + LoRA(2)}
+    before = resolve(spaces, bert)["largest"][QUERY][0].rows
+    row = (before[0] + 1) % 4
+    bert.get_parameter(QUERY).data[row] = 100.0
+    assert resolve(spaces, bert)["largest"][QUERY][0].rows == (row,)
