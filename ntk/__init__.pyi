@@ -3,6 +3,7 @@ from .classifiers.estimators import (
     KernelRidgeClassifier,
     KernelSVC,
 )
+from .gradients.contrasts import ContrastReadout
 from .gradients.data_selection import calibrate
 from .kernels.empirical import empirical_ntk
 from .kernels.estimates import sketched_ntk
@@ -14,7 +15,7 @@ from .measures.distance import (
     relative_difference,
     subspace_overlap,
 )
-from .measures.gram import gram_matrix
+from .measures.gram import contrasts, gram_matrix
 from .measures.spectrum import (
     effective_dimension,
     eigensystem,
@@ -42,6 +43,8 @@ __all__ = [
     "sketched_ntk",
     "sampled_ntk",
     "gram_matrix",
+    "contrasts",
+    "ContrastReadout",
     "save_kernels",
     "load_kernels",
     # what a kernel looks like

@@ -61,6 +61,18 @@ def kernel(left, right=None, *, left_of=lambda g: g, right_of=lambda g: g):
     )
 
 
+def contrasted(gradient):
+    """Return the gradients ``(n, c - 1, ...)`` of orthonormal contrasts, one by one.
+
+    Each contrast is an output less the mean of those before it, at length 1.
+    """
+    rows = []
+    for k in range(1, gradient.shape[1]):
+        difference = gradient[:, k] - gradient[:, :k].mean(dim=1)
+        rows.append(difference / (1 + 1 / k) ** 0.5)
+    return torch.stack(rows, dim=1)
+
+
 def assert_close(actual, expected, tolerance=1e-9, floor=0.0, of=""):
     """Compare entries with the largest expected one; say which is worst."""
     assert actual.shape == expected.shape, f"{of} {actual.shape} != {expected.shape}"

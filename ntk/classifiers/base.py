@@ -15,6 +15,7 @@ from sklearn.utils import Tags, assert_all_finite, check_array, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
+from ntk.classifiers.outputs import MARGIN, Outputs
 from ntk.measures import as_symmetric
 
 Array = NDArray[np.float64]
@@ -40,9 +41,9 @@ class KernelClassifier(ClassifierMixin, BaseEstimator):
         """Fit to a training kernel.
 
         Args:
-            K: ``(n, n)`` or ``(n, n, c, c)``. An asymmetric or indefinite one raises
-                `ntk.measures.spectrum.NotSymmetricError` or `NotPSDError`, both
-                ValueError.
+            K: ``(n, n)``, ``(n, n, c, c)`` or ``(n, n, c - 1, c - 1)``. An asymmetric
+                or indefinite one raises `ntk.measures.spectrum.NotSymmetricError` or
+                `NotPSDError`, both ValueError.
             y: ``(n,)`` labels of any type, at least two distinct.
             offset: ``(n, c)`` or None. If given, every prediction needs one too.
 
@@ -68,13 +69,15 @@ class KernelClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"`y` holds one class, {y[0]!r}; sample examples of at least two."
             )
-        if K.shape[2:] not in {(), (c, c)}:
+        outputs = Outputs.of(K.shape, c)
+        if outputs is None:
             raise ValueError(
                 f"`K` has shape {K.shape} and `y` has {c} classes; expected (n, n) or "
-                f"(n, n, {c}, {c}). Compute the kernel of these classes, or its trace."
+                f"(n, n, {c}, {c}), or (n, n, {c - 1}, {c - 1}) of contrasts. Compute "
+                "the kernel of these classes, of their contrasts, or its trace."
             )
-        self.n_features_in_, self.kernel_ndim_ = len(K), K.ndim
-        self.n_outputs_ = 1 if K.ndim == c == 2 else c
+        self.n_features_in_, self.kernel_block_ = len(K), K.shape[2:]
+        self.outputs_ = outputs
         self.uses_offset_ = offset is not None
         f0 = self._offset(offset, len(K))
         gram = self._checked(self._gram(K))
@@ -91,18 +94,19 @@ class KernelClassifier(ClassifierMixin, BaseEstimator):
         """Return the outputs on test examples.
 
         Args:
-            K: ``(m, n)`` or ``(m, n, c, c)``, the form used in `fit`: rows are test
-                examples, columns the training examples in order.
+            K: ``(m, n, ...)``, in the form used in `fit`: rows are test examples,
+                columns the training examples in order.
             offset: ``(m, c)`` if and only if `fit` had one.
 
         Returns:
             ``(m,)`` margins f[1] - f[0] for two classes, else ``(m, c)``.
         """
-        return margin(self._outputs(K, offset))
+        logits = self._logits(K, offset)
+        return logits if logits.shape[1] > 2 else logits[:, 1] - logits[:, 0]
 
     def predict(self, K: ArrayLike, offset: Maybe = None) -> NDArray[np.generic]:
         """Return ``(m,)`` classes of the largest output, see `decision_function`."""
-        index = decide(self._outputs(K, offset))
+        index = self._logits(K, offset).argmax(axis=1)
         return np.asarray(self.classes_[index])
 
     def score(
@@ -124,22 +128,22 @@ class KernelClassifier(ClassifierMixin, BaseEstimator):
     def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
         """Fit to a Gram matrix, ``(n,)`` class indices and ``(n, o)`` f0."""
 
-    @staticmethod
-    def _gram(K: Array) -> Array:
-        """Return ``(n, n)`` as it is and ``(n, n, c, c)`` as ``(n c, n c)``."""
+    def _gram(self, K: Array) -> Array:
+        """Return ``(n, n)`` as it is and ``(n, n, b, b)`` as ``(n b, n b)``."""
         size = len(K) * (K.shape[2] if K.ndim == 4 else 1)
         return K if K.ndim == 2 else K.swapaxes(1, 2).reshape(size, size)
 
-    def _evaluate(self, K: Array) -> Array:
-        """Return ``(m, o)`` outputs without the offset."""
+    def _evaluate(self, K: Array, f0: Array | None) -> Array:
+        """Return ``(m, c)`` logits of a kernel and ``(m, o)`` f0."""
         a, axes = self.dual_coef_, ([1], [0]) if K.ndim == 2 else ([1, 3], [0, 1])
-        return np.asarray(np.tensordot(K, a, axes=axes) + self.intercept_)
+        z = np.tensordot(K, a, axes=axes) + self.intercept_
+        return self.outputs_.decoded(z if f0 is None else z + f0)
 
-    def _outputs(self, K: ArrayLike, offset: Maybe) -> Array:
+    def _logits(self, K: ArrayLike, offset: Maybe) -> Array:
         check_is_fitted(self)
         K = np.asarray(check_array(K, **KERNEL))
         n, name = self.n_features_in_, type(self).__name__
-        expected = (len(K), n, *(len(self.classes_),) * (self.kernel_ndim_ - 2))
+        expected = (len(K), n, *self.kernel_block_)
         if K.shape != expected:  # Tools match scikit-learn's words at the beginning.
             raise ValueError(
                 f"X has {K.shape[1]} features, but {name} is expecting {n} features as "
@@ -151,21 +155,21 @@ class KernelClassifier(ClassifierMixin, BaseEstimator):
                 f"`offset` was {'' if self.uses_offset_ else 'not '}given to `fit`; "
                 "expected the same here. Pass the model's outputs to both or to none."
             )
-        f0, outputs = self._offset(offset, len(K)), self._evaluate(K)
-        return outputs if f0 is None else outputs + f0
+        return self._evaluate(K, self._offset(offset, len(K)))
 
     def _offset(self, offset: Maybe, n: int) -> Array | None:
         if offset is None:
             return None
         f0 = check_array(offset, dtype=np.float64, ensure_2d=False, input_name="offset")
-        if self.n_outputs_ == 1 and f0.shape in {(n,), (n, 2)}:
-            f0 = margin(f0.reshape(n, -1))[:, None]
-        if f0.shape != (n, self.n_outputs_):
+        c = len(self.classes_)
+        if self.outputs_.count == 1 and f0.shape == (n,):
+            f0 = Outputs(MARGIN).decoded(f0[:, None])
+        if f0.shape != (n, c):
             raise ValueError(
-                f"`offset` has shape {f0.shape}; expected ({n}, {len(self.classes_)}), "
-                "the model's logits for the rows of `K` and the classes in `classes_`."
+                f"`offset` has shape {f0.shape}; expected ({n}, {c}), the model's "
+                "logits for the rows of `K` and the classes in `classes_`."
             )
-        return np.asarray(f0)
+        return self.outputs_.encoded(f0)
 
 
 Solution = tuple[Array, Array, Callable[[Array], Array]]
@@ -188,8 +192,8 @@ class RidgeClassifier(KernelClassifier):
 
     def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
         alphas = regularisations(self, "alpha")[::-1]
-        n, o = len(labels), self.n_outputs_
-        targets = np.eye(o)[labels] if o > 1 else np.where(labels, 1.0, -1.0)[:, None]
+        n, o = len(labels), self.outputs_.count
+        targets = self.outputs_.encoded(np.eye(len(self.classes_))[labels])
         b = len(gram) // n  # Blocks of b rows, o / b columns: b = 1 in the scalar form.
         r = (targets if f0 is None else targets - f0).reshape(n, b, -1)
         # The mean over all examples, and over all but one, for each.
@@ -204,7 +208,8 @@ class RidgeClassifier(KernelClassifier):
         best = int(np.argmax(errors <= errors.min() * TIE))
         residual, a = results[best]
         self.alpha_, self.loo_error_ = alphas[best], float(errors[best])
-        self.loo_accuracy_ = float((decide(targets - residual) == labels).mean())
+        left_out = self.outputs_.decoded(targets - residual).argmax(axis=1)
+        self.loo_accuracy_ = float((left_out == labels).mean())
         self.dual_coef_, self.intercept_ = a.reshape(n, o), mean.ravel()
 
 
@@ -230,22 +235,3 @@ def regularisations(estimator: KernelClassifier, name: str) -> list[float]:
             f"numbers: one, or for `{name}=None` at least one to choose from."
         )
     return grid
-
-
-def margin(outputs: Array) -> Array:
-    """Return one or two outputs as ``(m,)`` margins, more unchanged, ``(m, c)``.
-
-    Args:
-        outputs: ``(m, c)``; a single output is a margin.
-    """
-    return outputs if outputs.shape[1] > 2 else np.diff(outputs, prepend=0)[:, -1]
-
-
-def decide(outputs: Array) -> Labels:
-    """Return ``(m,)`` indices of the largest output.
-
-    Args:
-        outputs: ``(m, c)``; a single output is a margin.
-    """
-    scores = margin(outputs)
-    return (scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)

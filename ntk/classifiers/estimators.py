@@ -2,16 +2,17 @@
 
 Scikit-learn estimators with ``fit(K, y)``, ``predict(K)``, ``decision_function(K)`` and
 ``score(K, y)``, tagged ``pairwise``: `cross_val_score` and `GridSearchCV` split both
-example axes of K. A training kernel is symmetric positive semi-definite, in one of two
-forms, for n training examples, m test examples and c classes:
+example axes of K. A training kernel is symmetric positive semi-definite, in a form that
+`ntk.classifiers.outputs` lists: ``(n, n)``, ``(n, n, c, c)`` or, on contrasts,
+``(n, n, c - 1, c - 1)`` for n training examples and c classes, ``(m, n, ...)`` for m
+test examples. In the coupled forms f(x)[c] = sum_{j, d} K[x, j, c, d] a[j, d], and
+output c of the model belongs to ``classes_[c]``. Decision functions and probabilities
+are those of the c classes.
 
-- scalar, ``(n, n)``, test ``(m, n)``, reduction "trace" or "margin": an independent
-  function per class, or one for the margin f[1] - f[0] of two classes;
-- block, ``(n, n, c, c)``, test ``(m, n, c, c)``, reduction "full": one function
-  f(x)[c] = sum_{j, d} K[x, j, c, d] a[j, d] with coupled outputs. Output c of the model
-  belongs to ``classes_[c]``.
-
-The number of outputs o is c, except 1 for two classes in the scalar form.
+Logistic regression gives the same probabilities on a kernel K of outputs as on its
+contrasts Q^T K Q at the same strength: its residuals p - y are orthogonal to the
+direction that softmax ignores, so f = K a with a = Q b. So does the SVM of two classes.
+Ridge regression fits that direction too if it is given: take the contrasts.
 
 The offset is the model's own output f0, logits ``(n, c)``, or ``(n,)`` margins if
 o = 1, possibly scaled down (Malladi et al., 2023): predictions are f0 plus the kernel's
@@ -29,6 +30,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import log_softmax
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.svm import SVC
 
@@ -42,7 +44,8 @@ from ntk.classifiers.base import (
     Solution,
     regularisations,
 )
-from ntk.classifiers.logistic import log_probabilities, logistic_path
+from ntk.classifiers.logistic import logistic_path
+from ntk.classifiers.outputs import MARGIN, Outputs
 from ntk.measures import PSD_TOLERANCE, eigensystem, left_out_residuals, numerical_rank
 
 __all__ = ["KernelLogisticRegression", "KernelRidgeClassifier", "KernelSVC"]
@@ -54,8 +57,9 @@ CS = tuple(10.0**i for i in range(-3, 5))
 class KernelRidgeClassifier(RidgeClassifier):
     """Kernel ridge regression on class indicators.
 
-    Solves (K + alpha scale_ I) a = r, K being the Gram matrix. Targets are +-1 if
-    o = 1, else one-hot; r is targets - offset, without an offset targets - their mean.
+    Solves (K + alpha scale_ I) a = r, K being the Gram matrix. Targets are one-hot
+    vectors, as the o fitted functions (+-1 for a margin); r is targets - offset,
+    without an offset targets - their mean.
 
     Leave-one-out needs no refit: with G = (K + alpha scale_ I)^-1 in c x c blocks, the
     residual of example i left out is exactly G[i, i]^-1 (G r)[i], with the mean of the
@@ -147,8 +151,8 @@ class KernelLogisticRegression(_CrossValidatedClassifier):
     """Multinomial logistic regression penalised by the norm of the function.
 
     Minimises sum_i CE(y[i], f(x_i)) + |f - offset|^2 / (2 C), where f - offset = K a
-    has the squared norm a' K a / scale_ and CE is the softmax cross-entropy, of (0, f)
-    if o = 1. (Hence k in scalar form with 2 C is k I in block form with C.)
+    has the squared norm a' K a / scale_ and CE is the softmax cross-entropy of
+    the logits. (Hence k in scalar form with 2 C is k I in block form with C.)
 
     K = P P' with P = U sqrt(L) is exact up to the directions below the numerical rank.
     SciPy's trust-region Newton method solves the problem in the coordinates of P. C is
@@ -163,10 +167,10 @@ class KernelLogisticRegression(_CrossValidatedClassifier):
 
     def predict_proba(self, K: ArrayLike, offset: Maybe = None) -> Array:
         """Return ``(m, c)`` class probabilities, see `decision_function`."""
-        return np.exp(log_probabilities(self._outputs(K, offset)))
+        return np.exp(log_softmax(self._logits(K, offset), axis=1))
 
     def _fit(self, gram: Array, labels: Labels, f0: Array | None) -> None:
-        Cs, n, o = regularisations(self, "C"), len(labels), self.n_outputs_
+        Cs, n, o = regularisations(self, "C"), len(labels), self.outputs_.count
         values, U = eigensystem(gram, tolerance=self.tolerance)
         rank = numerical_rank(values)
         U, root = U[:, :rank], np.sqrt(values[:rank] / self.scale_)
@@ -174,22 +178,25 @@ class KernelLogisticRegression(_CrossValidatedClassifier):
 
         def prior(train: Labels | slice) -> Array:
             log = np.log(np.bincount(labels[train]) / len(labels[train]))
-            return (log if o > 1 else log[1:] - log[:1]) * (f0 is None)
+            return self.outputs_.encoded(log) * (f0 is None)
 
         start = np.zeros((n, o)) if f0 is None else f0
         losses, splits = np.zeros(len(Cs)), self._splits(labels)
         for train, test in splits:
             offset = start + prior(train)
-            path = logistic_path(P[train], labels[train], offset[train], Cs)
+            path = logistic_path(
+                P[train], labels[train], offset[train], Cs, self.outputs_
+            )
             for i, W in enumerate(path):
-                f = offset[test] + (P[test] @ W).reshape(-1, o)
-                losses[i] -= (
-                    log_probabilities(f)[range(len(test)), labels[test]].sum() / n
-                )
+                z = offset[test] + (P[test] @ W).reshape(-1, o)
+                log_p = log_softmax(self.outputs_.decoded(z), axis=1)
+                losses[i] -= log_p[range(len(test)), labels[test]].sum() / n
         best = int(np.argmax(losses <= losses.min() * TIE))
         self.C_, self.cv_loss_ = Cs[best], float(losses[best]) if splits else None
         self.intercept_ = prior(slice(None))
-        (W,) = logistic_path(P, labels, start + self.intercept_, [self.C_])
+        (W,) = logistic_path(
+            P, labels, start + self.intercept_, [self.C_], self.outputs_
+        )
         # f - prior = P W = K a
         self.dual_coef_ = (U @ (W / root[:, None]) / self.scale_).reshape(n, o)
 
@@ -197,10 +204,9 @@ class KernelLogisticRegression(_CrossValidatedClassifier):
 class KernelSVC(_CrossValidatedClassifier):
     """Support vector machine: scikit-learn's `SVC`, one-vs-one for several classes.
 
-    It has its own intercept and no offset. A block kernel of two classes is reduced to
-    its margin kernel K[1, 1] + K[0, 0] - K[0, 1] - K[1, 0], exactly; of more classes to
-    its trace, because no library solves the coupled (Crammer-Singer) SVM on a block
-    kernel. C is chosen by accuracy.
+    It has its own intercept and no offset. A coupled kernel of two classes is reduced
+    to that of its margin, exactly; of more classes to its trace, because no library
+    solves the coupled (Crammer-Singer) SVM on a block kernel. C is chosen by accuracy.
 
     Attributes:
         C_: The C used.
@@ -225,12 +231,13 @@ class KernelSVC(_CrossValidatedClassifier):
             self.C_, self.cv_accuracy_ = search.best_params_["C"], search.best_score_
         self.svc_ = svc.set_params(C=self.C_).fit(K, labels)
 
-    @staticmethod
-    def _gram(K: Array) -> Array:
-        if K.ndim == 4 and K.shape[2] == 2:
-            return K[..., 1, 1] + K[..., 0, 0] - K[..., 0, 1] - K[..., 1, 0]
+    def _gram(self, K: Array) -> Array:
+        if len(self.classes_) == K.shape[-1] == 2 and K.ndim == 4:
+            return np.einsum("mncd,co,do->mn", K, MARGIN, MARGIN)
         return np.trace(K, axis1=2, axis2=3) if K.ndim == 4 else K
 
-    def _evaluate(self, K: Array) -> Array:
+    def _evaluate(self, K: Array, f0: Array | None) -> Array:
         decision = self.svc_.decision_function(self._gram(K) / self.scale_)
-        return np.asarray(decision).reshape(len(K), -1)
+        if len(self.classes_) > 2:
+            return np.asarray(decision)
+        return Outputs(MARGIN).decoded(np.asarray(decision)[:, None])

@@ -9,48 +9,48 @@ from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 
 from ntk.classifiers.base import Array, Labels
-
-
-def log_probabilities(outputs: Array) -> Array:
-    """Return ``(m, c)`` log class probabilities.
-
-    Args:
-        outputs: ``(m, c)`` logits; a single output is the log-odds.
-    """
-    reference = np.zeros((len(outputs), int(outputs.shape[1] == 1)))
-    return np.asarray(log_softmax(np.hstack([reference, outputs]), axis=1))
+from ntk.classifiers.outputs import MARGIN, Outputs
 
 
 def logistic_path(
-    P: Array, labels: Labels, prior: Array, Cs: Sequence[float]
+    P: Array,
+    labels: Labels,
+    prior: Array,
+    Cs: Sequence[float],
+    outputs: Outputs | None = None,
 ) -> Iterator[Array]:
     """Yield the weights that minimise the penalised log-loss, for each C.
 
-    The loss is ``sum_i CE(y[i], prior[i] + P[i] w) + |w|^2 / (2 C)``, divided by n for
-    the solver. Each solution initialises the next.
+    The loss is ``sum_i CE(y[i], f[i]) + |w|^2 / (2 C)``, divided by n for the solver,
+    with f the logits of the functions ``prior + P w``. Each solution initialises the
+    next.
 
     Args:
         P: ``(n, b, r)`` features; outputs are coupled if b > 1.
         labels: ``(n,)`` class indices.
-        prior: ``(n, o)`` offset of the outputs.
+        prior: ``(n, o)`` offset of the functions.
         Cs: Values of C, ascending.
+        outputs: What the o functions are; None means the logits of o
+            classes, or the log-odds of two.
 
     Yields:
         ``(r, o / b)``.
     """
     (n, b, r), o = P.shape, prior.shape[1]
-    flat, Y = P.reshape(n * b, r), np.eye(max(o, 2))[labels][:, -o:]
+    to_logits = outputs or Outputs(np.eye(o) if o > 1 else MARGIN)
+    decoder, start = to_logits.decoder, to_logits.decoded(prior)
+    flat, Y = P.reshape(n * b, r), np.eye(decoder.shape[1])[labels]
 
-    forward = lambda w: (flat @ w.reshape(r, -1)).reshape(n, o)
-    backward = lambda df: (flat.T @ df.reshape(n * b, -1)).ravel()
+    forward = lambda w: (flat @ w.reshape(r, -1)).reshape(n, o) @ decoder
+    backward = lambda df: (flat.T @ (df @ decoder.T).reshape(n * b, -1)).ravel()
 
     def objective(w: Array, C: float) -> tuple[float, Array]:
-        log_p = log_probabilities(prior + forward(w))
+        log_p = log_softmax(start + forward(w), axis=1)
         loss = w @ w / (2 * C) - log_p[range(n), labels].sum()
-        return loss / n, (backward(np.exp(log_p)[:, -o:] - Y) + w / C) / n
+        return loss / n, (backward(np.exp(log_p) - Y) + w / C) / n
 
     def hessian_product(w: Array, v: Array, C: float) -> Array:
-        p, df = np.exp(log_probabilities(prior + forward(w)))[:, -o:], forward(v)
+        p, df = np.exp(log_softmax(start + forward(w), axis=1)), forward(v)
         dp = p * (df - (p * df).sum(axis=1, keepdims=True))
         return (backward(dp) + v / C) / n
 

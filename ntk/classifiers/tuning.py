@@ -4,13 +4,12 @@ Every point of a grid of regularisations and scales of f0 is fitted on the train
 examples and scored on the dev examples; the test examples are only predicted.
 
 One kernel covers all examples: rows are the training, dev and test examples in this
-order, columns the n training examples. It is scalar, ``(rows, n)``, or block,
-``(rows, n, c, c)``; `ntk.classifiers.estimators` defines both, the number o of outputs
-and the units of regularisation. Outputs are returned as logits ``(m, c)``; a single
-margin of two classes becomes (-margin / 2, margin / 2).
+order, columns the n training examples. `ntk.classifiers.outputs` lists its forms with
+the o functions that are fitted on each, `ntk.classifiers.estimators` the units of
+regularisation. Outputs are returned as logits ``(m, c)``.
 
 Ridge predicts, with G the Gram matrix ``(k, k)`` of the training examples, k = n or
-n c, and targets Y ``(n, o)``, flattened to the rows of G in the block form,
+n c, and targets Y ``(n, o)``, flattened to the rows of G in the coupled forms,
 
     f(x) = start(x) + P[Y - start](x),    P[T](x) = K(x, train) (G + ridge I)^-1 T,
 
@@ -32,6 +31,7 @@ from scipy.special import log_softmax
 from ntk.classifiers.asymmetric import ridge_solution
 from ntk.classifiers.base import TIE, Array, Maybe
 from ntk.classifiers.estimators import ALPHAS, CS, KernelLogisticRegression, KernelSVC
+from ntk.classifiers.outputs import MARGIN, Outputs
 from ntk.measures import as_array, eigensystem, gram_matrix
 
 __all__ = ["OFFSETS", "REGULARISATIONS", "Tuned", "tune"]
@@ -81,12 +81,13 @@ class _Data:
     """The kernel cut after the training examples, labels and f0.
 
     Attributes:
-        train: ``(n, n)`` or ``(n, n, c, c)``.
-        rest: ``(m, n)`` or ``(m, n, c, c)``, the dev examples first.
+        train: ``(n, n, ...)``.
+        rest: ``(m, n, ...)``, the dev examples first.
         labels: ``(n,)`` training labels.
         dev_labels: ``(d,)``.
         f0: ``(n + m, c)``, or None.
         c: Number of classes; 1 for regression.
+        outputs: The functions that are fitted.
     """
 
     train: Array
@@ -95,25 +96,13 @@ class _Data:
     dev_labels: NDArray[Any]
     f0: Array | None
     c: int
-
-    @property
-    def is_margin(self) -> bool:
-        """Whether a single margin represents two classes."""
-        return self.c == self.train.ndim == 2
+    outputs: Outputs
 
     def targets(self, labels: NDArray[Any]) -> Array:
         """Return the targets of ridge regression, ``(len(labels), o)``."""
         if self.c == 1:
             return labels[:, None]
-        if self.is_margin:
-            return np.where(labels, 1.0, -1.0)[:, None]
-        return np.eye(self.c)[labels]
-
-    def logits(self, outputs: Array) -> Array:
-        """Convert ``(m, o)`` outputs or ``(m,)`` margins to ``(m, c)``."""
-        if self.c != 2 or outputs.shape[1:] == (2,):
-            return outputs
-        return outputs.reshape(-1, 1) / [[-2.0, 2.0]]
+        return self.outputs.encoded(np.eye(self.c)[labels])
 
 
 @dataclass(frozen=True)
@@ -145,8 +134,9 @@ def tune(
     of the grid does not matter.
 
     Args:
-        kernel: ``(rows, n)`` or ``(rows, n, c, c)``: rows are the n training examples,
-            the dev examples and any others, columns the training examples.
+        kernel: ``(rows, n)``, ``(rows, n, c, c)`` or ``(rows, n, c - 1, c - 1)``: rows
+            are the n training examples, the dev examples and any others, columns the
+            training examples.
         labels_train: ``(n,)`` class indices from 0, each at least once, or real numbers
             for regression.
         labels_dev: ``(d,)``, at least one.
@@ -201,8 +191,7 @@ def _fit_ridge(
     n, m, d = len(data.train), len(data.rest), len(data.dev_labels)
     Y, dev_Y = data.targets(data.labels), data.targets(data.dev_labels)
     f0 = np.zeros((n + m, data.c)) if data.f0 is None else data.f0
-    if data.is_margin:
-        f0 = np.diff(f0)
+    f0 = data.outputs.encoded(f0)
     mean = np.broadcast_to(Y.mean(axis=0), Y.shape)
     gram, other = _gram(data.train), _gram(data.rest)
     scale = float(gram.trace() / len(gram))
@@ -222,7 +211,7 @@ def _fit_ridge(
         for s in scales:
             f = P_Y + (s * (f0[n:] - P_f0) if s else mean[0] - P_mean)
             loss = float(((f[:d] - dev_Y) ** 2).mean())
-            yield _Point(alpha, s, data.logits(f), loss)
+            yield _Point(alpha, s, data.outputs.decoded(f), loss)
 
 
 def _solver(method: str, gram: Array, columns: Array) -> Callable[[float], Array]:
@@ -245,7 +234,9 @@ def _fit_machines(
                 train, rest = {"offset": s * data.f0[:n]}, {"offset": s * data.f0[n:]}
             machine = KernelSVC(C) if method == "svm" else KernelLogisticRegression(C)
             machine.fit(data.train, data.labels, **train)
-            f = data.logits(machine.decision_function(data.rest, **rest))
+            f = machine.decision_function(data.rest, **rest)
+            if f.ndim == 1:
+                f = Outputs(MARGIN).decoded(f[:, None])
             loss = None
             if method == "logistic":
                 log_p = log_softmax(f[:d], axis=1)
@@ -310,9 +301,12 @@ def _data(
             f"`labels_dev` holds class {dev.max()}; expected those of `labels_train`, "
             f"0 to {c - 1}. Sample training examples of every class."
         )
-    blocks = {()} if regression else {(), (c, c)}
-    if K.ndim < 2 or K.shape[1] != n or K.shape[2:] not in blocks or len(K) < n + d:
-        block = "" if regression else f" or ({n + d}, {n}, {c}, {c})"
+    outputs = Outputs.of(K.shape, c)
+    if K.ndim < 2 or K.shape[1] != n or outputs is None or len(K) < n + d:
+        at = f"{n + d}, {n}"
+        block = f" or ({at}, {c}, {c}), or of contrasts ({at}, {c - 1}, {c - 1})" * (
+            not regression
+        )
         raise ValueError(
             f"`kernel` has shape {K.shape}; expected ({n + d}, {n}){block}, or more "
             f"rows: {n} training examples, {d} of dev, then any others as rows, the "
@@ -324,7 +318,7 @@ def _data(
             f"`f0` has shape {start.shape}; expected ({len(K)}, {c}), the model's own "
             "outputs for each row of `kernel`."
         )
-    return _Data(K[:n], K[n:], labels, dev, start, c)
+    return _Data(K[:n], K[n:], labels, dev, start, c, outputs)
 
 
 def _labels(values: ArrayLike, name: str, regression: bool) -> NDArray[Any]:

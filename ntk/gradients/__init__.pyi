@@ -1,4 +1,5 @@
 from .capture import backward, complete, record
+from .contrasts import ContrastReadout, MarginReadout
 from .coverage import Service, Verdict, Verdicts
 from .data_selection import calibrate, statistics
 from .factors import (
@@ -52,10 +53,13 @@ __all__ = [
     "Float64Throughout",
     "jacobian",
     "calibrate",
+    "ContrastReadout",
     # capture
     "backward",
     "complete",
     "record",
+    # contrasts
+    "MarginReadout",
     # coverage
     "Service",
     "Verdict",

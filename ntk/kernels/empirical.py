@@ -7,7 +7,6 @@ added in float64 to every space that holds it, so many spaces cost little more t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 
 from ntk.gradients import (
     Batch,
+    ContrastReadout,
     Inputs,
+    MarginReadout,
     NetworkFunction,
     Readout,
     batch_length,
     check_model,
     evaluating,
-    logits,
     to_batches,
 )
 from ntk.kernels.contraction import Contraction, Transform
@@ -106,7 +106,8 @@ def empirical_ntk(
             `Full()`.
         outputs: Maps the model's output to ``(n, c)``; None takes its `.logits`, or
             the tensor itself.
-        reduce: ``"full"``, ``"trace"`` or ``"margin"``, see `ntk.measures.gram`.
+        reduce: ``"full"``, ``"trace"``, ``"margin"``, ``"contrast"`` (what a
+            classifier's softmax sees) or ``"contrast_trace"``, see `ntk.measures.gram`.
         kind: ``"sgd"`` <g, g'>, ``"signgd"`` <sign g, sign g'> or
             ``"asymmetric_signgd"`` <g, sign g'> (Malladi et al. 2023, section 3).
         implementation: ``"factors"``, ``"jacobian"`` or ``"jvp"``: the same kernel at
@@ -189,14 +190,13 @@ def compute(
         right = to_batches(other, first.device, options.batch_size)
     if sample is not None:
         (sample,) = to_batches(sample, first.device)
-    coupled = options.reduce == "full"
-    contraction = Contraction(*TRANSFORMS[options.kind], coupled, options.precision)
+    contraction = Contraction(
+        *TRANSFORMS[options.kind], options.coupled, options.precision
+    )
     with evaluating(model):
         prepared = engine(
             EngineInput(
-                function=NetworkFunction(
-                    model, reader(options.outputs, options.reduce)
-                ),
+                function=NetworkFunction(model, reader(options)),
                 left=left,
                 right=right,
                 maps=maps,
@@ -210,7 +210,7 @@ def compute(
             result = prepared.run_products()
         else:
             result = prepared.run(by_factors=options.implementation == "factors")
-    if coupled:
+    if options.coupled:
         n, m = (sum(map(batch_length, side)) for side in (left, right))
         result.kernels = {
             name: _example_major(k, n, m) for name, k in result.kernels.items()
@@ -237,29 +237,23 @@ def _first(inputs: Inputs, count: int) -> Inputs:
     return inputs[:count]
 
 
-def reader(outputs: Readout | None, reduce: str) -> Readout | None:
-    """Return the readout whose kernel, summed over outputs, is the reduced kernel.
+def reader(options: KernelOptions) -> Readout | None:
+    """Return the readout whose kernel, coupled or summed, is the reduced kernel.
+
+    The contrasts of c outputs are c - 1 functions, so that one backward pass less is
+    made. The basis of contrasts is arbitrary, and signs of gradients depend on it for
+    more than two outputs. Kernels of signs therefore take the signs of the gradients
+    of the c outputs less their mean, which treats all classes alike; for two outputs,
+    of the one contrast, that is of the margin, as Malladi et al. (2023) do.
 
     Args:
-        outputs: The readout of all outputs; None means the default.
-        reduce: The reduction.
+        options: The options of the kernel.
+
+    Returns:
+        The readout; None means the default.
     """
-    if reduce != "margin":
-        return outputs
-    return _Margin(outputs or logits)
-
-
-@dataclass(frozen=True)
-class _Margin:
-    """Reads out f[1] - f[0]; equal to itself for the same readout."""
-
-    read: Readout
-
-    def __call__(self, output: object) -> Tensor:
-        values = self.read(output)
-        if values.ndim != 2 or values.shape[1] != 2:
-            raise ValueError(
-                "reduce='margin' needs two outputs, but the model has shape "
-                f"{tuple(values.shape)}."
-            )
-        return values[:, 1:] - values[:, :1]
+    if options.reduce == "margin":
+        return MarginReadout(options.outputs)
+    if options.reduce in {"contrast", "contrast_trace"}:
+        return ContrastReadout(options.outputs, centred=options.kind != "sgd")
+    return options.outputs

@@ -355,7 +355,7 @@ def sketched_ntk(
         seed: Seed of the projections. Blocks of one kernel may be computed separately
             with the same seed.
         outputs: Maps the model's output to ``(n, c)``.
-        reduce: ``"full"``, ``"trace"`` or ``"margin"``.
+        reduce: One of `ntk.measures.REDUCTIONS`.
         batch_size: Largest number of examples in one pass.
         progress: Called as the work goes on.
 

@@ -283,7 +283,7 @@ def sampled_ntk(
         replicates: Number of independent draws that share them, at least 2.
         seed: Seed of the draws.
         outputs: Maps the model's output to ``(n, c)``.
-        reduce: ``"full"``, ``"trace"`` or ``"margin"``.
+        reduce: One of `ntk.measures.REDUCTIONS`.
         kind: The kind of kernel.
         batch_size: Largest number of examples in one pass.
         progress: Called as the work goes on.
@@ -301,11 +301,11 @@ def sampled_ntk(
         raise ValueError(f"axis={axis!r} must be 'rows' or 'columns'.")
     spaces = space.values() if isinstance(space, Mapping) else [space or Full()]
     batches = to_batches(inputs, next(model.parameters()).device, batch_size)
-    estimator = SamplingEstimator(count, replicates, seed, axis).fitted(
-        model, batches, spaces=spaces, outputs=reader(outputs, reduce), kind=kind
-    )
     options = KernelOptions(
         kind=kind, reduce=reduce, outputs=outputs, batch_size=batch_size
+    )
+    estimator = SamplingEstimator(count, replicates, seed, axis).fitted(
+        model, batches, spaces=spaces, outputs=reader(options), kind=kind
     )
     return estimated_ntk(
         estimator, model, inputs, other, space=space, options=options, progress=progress

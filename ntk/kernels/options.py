@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ntk.measures import Reduction
+from ntk.measures import COUPLED, REDUCTIONS, Reduction
 
 if TYPE_CHECKING:
     from ntk.gradients import Readout
@@ -18,7 +18,6 @@ Precision = Literal["float32", "tf32", "bf16", "bf16x3"]
 Implementation = Literal["factors", "jacobian", "jvp"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 IMPLEMENTATIONS: dict[Implementation, str] = {
     "factors": "one forward and c backward passes a batch; time and memory of those",
@@ -34,7 +33,7 @@ class KernelOptions:
     Attributes:
         kind: ``"sgd"`` <g, g'>, ``"signgd"`` <sign g, sign g'> or
             ``"asymmetric_signgd"`` <g, sign g'> (Malladi et al. 2023, section 3).
-        reduce: ``"full"``, ``"trace"`` or ``"margin"``.
+        reduce: One of `REDUCTIONS`, see `ntk.measures.gram`.
         precision: Precision of the products that contract float32 gradients, see
             `ntk.kernels.precision`. The model is evaluated in its own dtype.
         implementation: ``"factors"``, ``"jacobian"`` or ``"jvp"``: the same kernel at
@@ -54,6 +53,11 @@ class KernelOptions:
     implementation: Implementation = "factors"
     outputs: Readout | None = None
     batch_size: int | None = None
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the kernel keeps pairs of outputs."""
+        return self.reduce in COUPLED
 
     def __post_init__(self) -> None:
         """Check values and their combination."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ntk.gradients import Batch, batch_length, take
 from ntk.kernels.empirical import compute
-from ntk.kernels.options import KernelOptions, Kind
+from ntk.kernels.options import KernelOptions
 from ntk.spaces import Space
 
 
@@ -25,7 +25,7 @@ def check_entries(
     spaces: Mapping[str, Space],
     kernels: Mapping[str, Tensor],
     *,
-    kind: Kind,
+    options: KernelOptions,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
     """Recompute a few entries of each kernel by the definition.
@@ -35,7 +35,7 @@ def check_entries(
         batches: The left examples; the right ones are the first of them.
         spaces: Tangent spaces by name.
         kernels: For each space ``(n, m, c, d)``, in the order of the batches.
-        kind: The kind of kernel.
+        options: How the kernels were computed; their reduction keeps pairs of outputs.
         seed: Seed of the choice of entries: a right example with itself, with another
             right one and with any left one.
 
@@ -56,7 +56,10 @@ def check_entries(
         [_example(batches, j)],
         spaces=spaces,
         options=KernelOptions(
-            kind=kind, implementation="jacobian" if kind == "signgd" else "jvp"
+            kind=options.kind,
+            reduce=options.reduce,
+            outputs=options.outputs,
+            implementation="jacobian" if options.kind == "signgd" else "jvp",
         ),
     )
     precision = str(next(module.parameters()).dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ from .distance import (
     relative_difference,
     subspace_overlap,
 )
-from .gram import Reduction, gram_matrix, reduced
+from .gram import COUPLED, REDUCTIONS, Reduction, contrasts, gram_matrix, reduced
 from .perturbation import Bracket, brackets
 from .risk import RidgeRegression, left_out_residuals
 from .spectrum import (
@@ -31,6 +31,7 @@ __all__ = [
     # for users
     "gram_matrix",
     "reduced",
+    "contrasts",
     "eigenvalues",
     "eigensystem",
     "effective_dimension",
@@ -48,6 +49,8 @@ __all__ = [
     # distance
     "UndefinedError",
     # gram
+    "COUPLED",
+    "REDUCTIONS",
     "Reduction",
     # perturbation
     "Bracket",

@@ -12,7 +12,7 @@ from ntk.gradients import (
     evaluating,
     record,
 )
-from ntk.kernels import Operations
+from ntk.kernels import Operations, reader
 from ntk.scale.machine import multiply_adds_per_second
 from ntk.scale.parts import ENTRY, count_positions
 from ntk.scale.planning import Plan
@@ -124,7 +124,7 @@ class PlanCost:
 def _seconds_per_example(work: Work) -> float:
     """Return the seconds per example of a pass over the largest batch."""
     batch = max(work.batches, key=count_positions)
-    function = NetworkFunction(work.model, work.options.outputs)
+    function = NetworkFunction(work.model, reader(work.options))
     with evaluating(work.model):
         for _ in range(2):  # The first pass is a warm-up.
             start = time.perf_counter()

@@ -21,6 +21,7 @@ from ntk.kernels import (
     KernelOptions,
     KernelResult,
     compute,
+    reader,
     shared_features,
 )
 from ntk.scale.work import Work
@@ -40,7 +41,7 @@ class PassSize:
     Attributes:
         examples: n.
         positions: Number of positions of all examples, padding included.
-        outputs: Number of outputs that are differentiated; 1 for a margin.
+        outputs: Number of functions that are differentiated; c - 1 for contrasts.
     """
 
     examples: int
@@ -61,11 +62,9 @@ class PassSize:
         Returns:
             The size.
         """
-        outputs = 1
-        if options.reduce != "margin":
-            with evaluating(model), torch.no_grad():
-                function = NetworkFunction(model, options.outputs)
-                outputs = function(take(batches[0], slice(0, 1))).shape[1]
+        with evaluating(model), torch.no_grad():
+            function = NetworkFunction(model, reader(options))
+            outputs = function(take(batches[0], slice(0, 1))).shape[1]
         return cls(
             sum(map(batch_length, batches)), sum(map(count_positions, batches)), outputs
         )

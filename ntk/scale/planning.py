@@ -30,7 +30,13 @@ from ntk.gradients import (
     record,
     sample,
 )
-from ntk.kernels import Engine, EngineInput, KernelResult, block_entries
+from ntk.kernels import (
+    Engine,
+    EngineInput,
+    KernelResult,
+    block_entries,
+    reader,
+)
 from ntk.scale.factor_file import FactorFile
 from ntk.scale.parts import (
     ENTRY,
@@ -154,7 +160,7 @@ def plan(work: Work, resources: Resources = Resources()) -> Plan:
 def _plan(work: Work, resources: Resources) -> Plan:
     """Plan the computation and memory of one process."""
     model, batches, right = work.model, work.batches, work.right
-    processes, reduce = resources.processes, work.options.reduce
+    processes = resources.processes
     device = next(model.parameters()).device
     before = held(device)
     n, m = (sum(map(batch_length, side)) for side in (batches, batches[:right]))
@@ -169,7 +175,7 @@ def _plan(work: Work, resources: Resources) -> Plan:
     right_size = replace(whole, positions=sum(positions.values()))
     largest = _largest(resolved, architecture, right_size)
     activations = _activations(work, batches)
-    pairs = whole.outputs**2 if reduce == "full" else 1
+    pairs = whole.outputs**2 if work.options.coupled else 1
     sums = SUMS * 8 * n * m * pairs * len(work.spaces)
     gradients = whole.outputs * n
     workspace = 2 * ENTRY * gradients * block_entries(gradients)
@@ -372,7 +378,7 @@ def _activations(work: Work, batches: Sequence[Batch]) -> int:
     """Measure the bytes that the largest batch takes between forward and backward."""
     batch = max(batches, key=count_positions)
     model = work.model
-    function = NetworkFunction(model, work.options.outputs)
+    function = NetworkFunction(model, reader(work.options))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 

@@ -1,5 +1,6 @@
 """The examples of a split as batches of tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ntk.gradients import Batch, ContrastReadout, calibrate
+from ntk.measures import contrasts
+from ntk.spaces import Space
 from rocoft.data import Split
 from rocoft.models import Backbone
 
@@ -81,3 +85,43 @@ def encode_split(
     labels = [e.label for e in (*split.train, *split.dev, *split.test)]
     sizes = len(split.train), len(split.dev)
     return EncodedSplit(batches, counts[0], order, np.array(labels), *sizes)
+
+
+def selected(
+    space: Space,
+    backbone: Backbone,
+    batches: Sequence[Batch],
+    *,
+    regression: bool = False,
+) -> Space:
+    """Choose the rows and columns of a space that depend on training examples.
+
+    Args:
+        space: The space.
+        backbone: The model.
+        batches: The training examples.
+        regression: Whether gradients are of the outputs, and not of their contrasts.
+
+    Returns:
+        The space; one that depends on no examples as it is.
+    """
+    outputs = None if regression else ContrastReadout()
+    return calibrate(space, backbone.module, list(batches), outputs=outputs)
+
+
+def by_row(targets: NDArray[Any], rows: int) -> NDArray[Any]:
+    """Return targets of classes beside the rows of a Gram matrix.
+
+    Args:
+        targets: ``(n, c)``, one column for each class.
+        rows: n, n (c - 1) for contrasts, or n c for outputs.
+
+    Returns:
+        ``(rows, t)``: t = c for n rows, else 1.
+    """
+    n, c = targets.shape
+    if rows == n:
+        return targets
+    if rows == n * (c - 1):
+        targets = targets @ contrasts(c).numpy()
+    return targets.reshape(-1, 1)

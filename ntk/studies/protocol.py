@@ -1,10 +1,11 @@
 """The settings that all records of a study share, and the encoded examples of a split.
 
 The protocol is that of the kernel view of fine-tuning (Malladi et al. 2023): k training
-examples of each label, k others for choosing hyperparameters, a fixed test set. Models
-with two outputs are compared by the kernel of their margin. With more outputs, one
-function per output is fitted on the kernel summed over outputs, or coupled functions
-on the kernel of all pairs of outputs.
+examples of each label, k others for choosing hyperparameters, a fixed test set. Kernels
+are those of contrasts of the outputs, which is what a softmax sees, see
+`ntk.measures.gram`: of two classes that of the margin; of more, one function per class
+is fitted on the kernel summed over contrasts, or coupled functions on the kernel of
+all pairs of contrasts. The outputs of a regression are taken as they are.
 """
 
 import hashlib
@@ -16,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from ntk.gradients import evaluating
 from ntk.kernels import KernelOptions, KernelResult, Kind, Precision
 from ntk.measures import Reduction
 from ntk.scale import Resources, Work, kernels
 from ntk.spaces import Space
-from ntk.studies.encoding import EncodedSplit, encode_split
+from ntk.studies.encoding import EncodedSplit, by_row, encode_split
 from ntk.studies.folder import Cell, Record
 from ntk.studies.options import StudyOptions
 from rocoft.commands import Bits, Readout
@@ -68,7 +69,7 @@ class Protocol:
         load_in: Bits that linear layers are quantised to; None for no quantisation.
         offload: Whether the weights of linear layers stay in the host's memory.
         resources: The memory and disk that kernels may use.
-        coupled: Whether to use all pairs of more than two outputs.
+        coupled: Whether to use all pairs of contrasts of more than two classes.
         rates: Learning rates by method that replace the method's own.
         rate_seed: Seed whose chosen learning rate is used for all seeds; None if each
             seed chooses its own.
@@ -150,11 +151,11 @@ class Protocol:
         """Return the reduction of a model's kernel over pairs of outputs.
 
         Args:
-            outputs: Number of the model's outputs.
+            outputs: Number of the model's outputs; one is a regression.
         """
-        if outputs == 2:
-            return "margin"
-        return "full" if self.coupled else "trace"
+        if outputs <= 2:
+            return "margin" if outputs == 2 else "trace"
+        return "contrast" if self.coupled else "contrast_trace"
 
     def kernels(
         self,
@@ -204,7 +205,8 @@ class ScoredSplit(EncodedSplit):
     """Encoded examples with the model's own outputs and the metrics of the task.
 
     Attributes:
-        f0: ``(n, c)`` outputs of the model in the order of the split.
+        f0: ``(n, c)`` outputs of the model in the order of the split; of classes less
+            their mean, which no softmax sees.
         metrics: Names of the metrics, the primary one first.
         regression: Whether the labels are scores.
     """
@@ -232,7 +234,7 @@ class ScoredSplit(EncodedSplit):
         task = split.task
         return cls(
             **vars(encoded),
-            f0=f0,
+            f0=f0 if task.regression else f0 - f0.mean(axis=1, keepdims=True),
             metrics=metric_names(task.name, regression=task.regression),
             regression=task.regression,
         )
@@ -243,14 +245,14 @@ class ScoredSplit(EncodedSplit):
         targets = labels if c <= 2 else np.eye(c)[labels]
         return targets - targets.mean(axis=0)
 
-    def targets_of(self, gram: Array) -> Array:
+    def targets_of(self, gram: Array | Tensor) -> Array:
         """Return the targets with one row per row of a Gram matrix.
 
         Args:
-            gram: Gram matrix of the training examples, coupled or not.
+            gram: Gram matrix of the training examples, of contrasts or not.
         """
-        targets = self.targets()
-        return targets if len(targets) == len(gram) else targets.reshape(-1)
+        targets, rows = self.targets(), len(gram)
+        return targets if len(targets) == rows else by_row(targets, rows)[:, 0]
 
     def primary_metric(self, outputs: Array, labels: Array) -> float:
         """Return the primary metric, by which hyperparameters are chosen.

@@ -127,6 +127,8 @@ def _record(
         "method": method,
         **scores_of(tuned),
         "outputs": rounded_outputs(tuned.logits.double().numpy()),
-        "kernel_change": asdict(kernel_change(*kernels, targets=data.targets())),
+        "kernel_change": asdict(
+            kernel_change(*kernels, targets=data.targets_of(kernels[0]))
+        ),
         "seconds": seconds,
     }

@@ -18,7 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from ntk.classifiers import tune
-from ntk.gradients import Batch, calibrate
+from ntk.gradients import Batch
 from ntk.measures import EIGENSPACE, distance, gram_matrix
 from ntk.scale import ENTRY, room
 from ntk.spaces import (
@@ -35,6 +35,7 @@ from ntk.spaces import (
     parse_space,
 )
 from ntk.studies.ablation.variance import expected_error, extreme_share, scatters
+from ntk.studies.encoding import selected
 from ntk.studies.folder import Cell, Record
 from ntk.studies.protocol import Array, Protocol, ScoredSplit, description
 from rocoft.commands import Strategy
@@ -331,7 +332,7 @@ def _spaces(
     asked = {n: _parts(parse_space(n)) for n in names if n not in references}
     # Calibrate all selections in one pass over the examples.
     every = Sum(tuple(part for parts in asked.values() for part in parts))
-    fixed = iter(_parts(calibrate(every, backbone.module, batches)))
+    fixed = iter(_parts(selected(every, backbone, batches)))
     chosen = {n: tuple(next(fixed) for _ in parts) for n, parts in asked.items()}
     spaces = {n: p[0] if len(p) == 1 else Sum(p) for n, p in chosen.items()}
     return {name: references.get(name) or spaces[name] for name in names}

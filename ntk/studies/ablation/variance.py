@@ -80,14 +80,15 @@ def scatters(
     chosen = space.chosen_parameters(Architecture(model))
     weights = {name: of for name, of in chosen.items() if of is not None}
     by_row = isinstance(space, Rows)
-    size = PassSize.of(model, batches, KernelOptions(reduce=reduce))
-    side = size.examples * (size.outputs if reduce == "full" else 1)
+    options = KernelOptions(reduce=reduce)
+    size = PassSize.of(model, batches, options)
+    side = size.examples * (size.outputs if options.coupled else 1)
     kept = {
         name: size.features(of.outputs * of.inputs)
         + side**2 * (of.outputs if by_row else of.inputs)
         for name, of in weights.items()
     }
-    function = NetworkFunction(model, reader(None, reduce))
+    function = NetworkFunction(model, reader(options))
     by_weight = []
     with evaluating(model):
         verdicts = coverage.services(function, passes.sample(batches), weights)
@@ -99,7 +100,7 @@ def scatters(
                 width = of.inputs if by_row else of.outputs
                 parts = of.parts if by_row else (range(of.inputs),)
                 if name in features:
-                    kernels = _kernels(features[name], width, reduce)
+                    kernels = _kernels(features[name], width, coupled=options.coupled)
                     by_weight += [_scatter(name, kernels[list(part)]) for part in parts]
                 else:
                     by_weight += [Scatter(name, len(part), 0.0, 0.0) for part in parts]
@@ -178,19 +179,17 @@ def _features(
     return {k[0]: value for k, value in store.items() if isinstance(value, Tensor)}
 
 
-def _kernels(features: Tensor, width: int, reduce: Reduction) -> Tensor:
+def _kernels(features: Tensor, width: int, *, coupled: bool) -> Tensor:
     """Return the kernels ``(slices, k, k)`` of single slices.
 
     Args:
         features: ``(c, n, slices * width)`` features.
         width: Number of entries of a slice.
-        reduce: The reduction of the kernels; k is n, or c n for ``"full"``.
+        coupled: Whether k is c n, all pairs of outputs, instead of n.
     """
     by_slice = features.unflatten(2, (-1, width)).permute(2, 0, 1, 3)
-    if reduce == "full":
-        rows = by_slice.flatten(1, 2)
-    else:
-        rows = by_slice.transpose(1, 2).flatten(2)
+    by_example = by_slice.transpose(1, 2).flatten(2)
+    rows = by_slice.flatten(1, 2) if coupled else by_example
     return torch.bmm(rows, rows.transpose(1, 2)).double()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntk.classifiers import KernelLogisticRegression, KernelRidgeClassifier, KernelSVC
 from ntk.kernels import Kind
-from ntk.measures import distance, gram_matrix, reduced, spectrum
+from ntk.measures import contrasts, distance, gram_matrix, reduced, spectrum
 from ntk.studies.encoding import EncodedSplit
 
 Array = NDArray[np.float64]
@@ -28,10 +28,12 @@ class Measurement:
 
     Args:
         data: The examples.
-        kernels: Kernels by space, ``(train + test, train, c, c)``; rows in the order
-            of the split, training examples first.
+        kernels: Kernels of contrasts by space, ``(train + test, train, b, b)``, b being
+            c - 1, or c for signs of more than two classes; rows in the order of the
+            split, training examples first.
         kind: The kind of kernel.
-        offset: ``(n, c)`` outputs that classifiers start from; None for zero.
+        outputs: ``(n, c)`` outputs of the model, less their mean.
+        offset: Whether classifiers start from them, and not from zero.
         seed: Seed of permutations.
     """
 
@@ -40,18 +42,19 @@ class Measurement:
         data: EncodedSplit,
         kernels: Mapping[str, Tensor],
         kind: Kind,
-        offset: Array | None,
+        outputs: Array,
+        offset: bool,
         seed: int,
     ) -> None:
         self.n = data.train
         self.kernels = kernels
         self.symmetric = kind != "asymmetric_signgd"
-        self.offset = offset
+        self.offset = outputs if offset else None
         self.seed = seed
         self.train, self.test = data.labels[: self.n], data.labels[self.n :]
-        self.c = next(iter(kernels.values())).shape[2]
-        one_hot = np.eye(self.c)[self.train % self.c] - 1 / self.c
-        self.targets = one_hot.reshape(-1)
+        c, self.b = outputs.shape[1], next(iter(kernels.values())).shape[2]
+        encoder = contrasts(c).numpy() if self.b == c - 1 else np.eye(c) - 1 / c
+        self.targets = encoder[self.train].reshape(-1)
 
     def gram(self, name: str) -> Array:
         """Return the Gram matrix over the training examples."""
@@ -71,7 +74,7 @@ class Measurement:
         values, vectors = spectrum.eigensystem(gram)
         power = spectrum.cumulative_power(vectors, self.targets)
         null = distance.permutation_alignment(
-            gram, self.targets, seed=self.seed, draws=200, outputs=self.c
+            gram, self.targets, seed=self.seed, draws=200, outputs=self.b
         )
         return {
             "distance": self._distance(reference, gram),
@@ -161,11 +164,9 @@ class Measurement:
         return {"labels": self.train[order].tolist(), "kernels": kernels}
 
     def _kernel(self, name: str) -> Array:
-        """Return the kernel for classifiers, ``(n, m)`` or ``(n, m, c, c)``."""
+        """Return the kernel for classifiers, ``(n, m)`` or ``(n, m, b, b)``."""
         kernel = self.kernels[name]
-        if self.c == 2:
-            return reduced(kernel, "margin").numpy()
-        coupled = self.n * self.c <= BLOCK_LIMIT
+        coupled = self.b == 1 or self.n * self.b <= BLOCK_LIMIT
         return (kernel if coupled else reduced(kernel, "trace")).numpy()
 
     def _fit(self, model: Any, kernel: Array, *, offset: bool = True) -> Any:
@@ -193,8 +194,7 @@ class Measurement:
     def _start(self, rows: slice, wanted: bool) -> dict[str, Array]:
         if self.offset is None or not wanted:
             return {}
-        values = self.offset[rows]
-        return {"offset": values[:, 1] - values[:, 0] if self.c == 2 else values}
+        return {"offset": self.offset[rows]}
 
 
 def _mean_std(values: Sequence[float]) -> dict[str, float]:

@@ -36,8 +36,8 @@ class Evaluation:
 
     Attributes:
         record: JSON values.
-        kernels: Kernels by space, ``(train + test, train, c, c)``; rows in the order
-            of the split, training examples first.
+        kernels: Kernels of contrasts by space, ``(train + test, train, c - 1, c - 1)``;
+            rows in the order of the split, training examples first.
     """
 
     record: Record
@@ -86,7 +86,7 @@ def evaluate(
     architecture = Architecture(module)
     roles, spaces, data = compared.roles, compared.spaces, compared.data
     options, result = compared.options, computation.result
-    plan, kept, kind = computation.plan, computation.cache, options.kind
+    plan, kept = computation.plan, computation.cache
     estimate = compared.estimated(result)
     outputs = _outputs(backbone, data)
     exact = {name: spaces[name] for name in roles}
@@ -102,10 +102,10 @@ def evaluate(
             data.batches,
             exact,
             result.kernels,
-            kind=kind,
+            options=options,
             seed=split.seed,
         )
-    measure = Measurement(data, kernels, kind, outputs if offset else None, split.seed)
+    measure = Measurement(data, kernels, options.kind, outputs, offset, split.seed)
     entries = []
     steps = len(roles)
     for number, (name, role) in enumerate(roles.items()):
@@ -142,7 +142,8 @@ def evaluate(
             "outputs": outputs.shape[1],
         },
         "kernel": {
-            "kind": kind,
+            "kind": options.kind,
+            "reduction": options.reduce,
             "precision": options.precision,
             "implementation": options.implementation,
             "services": _services(result),
@@ -176,12 +177,13 @@ def _room(plan: Plan | None, module: nn.Module) -> float:
 
 
 def _outputs(backbone: Backbone, data: EncodedSplit) -> Array:
-    """Return the model's outputs ``(n, c)`` in the order of the split."""
+    """Return the model's outputs ``(n, c)`` less their mean, ordered as the split."""
     rows = []
     with evaluating(backbone.module), torch.no_grad():
         for batch in data.batches:
             rows.append(logits(backbone.module(**batch)))
-    return torch.cat(rows).double().cpu().numpy()[np.argsort(data.order)]
+    outputs = torch.cat(rows).double().cpu().numpy()[np.argsort(data.order)]
+    return np.asarray(outputs - outputs.mean(axis=1, keepdims=True))
 
 
 def _services(result: KernelResult) -> dict[str, Any]:

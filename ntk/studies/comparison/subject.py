@@ -1,19 +1,25 @@
 """What `ntk.compare` compares: a model, examples, and spaces with their roles.
 
 The full kernel is the reference for the requested spaces; biases, the head alone and
-random rows or columns are controls. No kernels are computed here; only the rows and
-columns that depend on training examples are selected.
+random rows or columns are controls. Kernels are those of the contrasts of the outputs,
+which is what a classifier's softmax sees, see `ntk.measures.gram`. No kernels are
+computed here; only the rows and columns that depend on training examples are selected.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ntk.gradients import calibrate
-from ntk.kernels import ApproximateKernel, Estimator, KernelOptions, KernelResult
+from ntk.kernels import (
+    ApproximateKernel,
+    Estimator,
+    KernelOptions,
+    KernelResult,
+    reader,
+)
 from ntk.scale import Work
 from ntk.spaces import Bias, Columns, Full, Head, Rows, Space, Sum, Without
-from ntk.studies.encoding import EncodedSplit, encode_split
+from ntk.studies.encoding import EncodedSplit, encode_split, selected
 from rocoft.data import Split
 from rocoft.models import Architecture, Backbone, SelectionError
 
@@ -42,7 +48,7 @@ class Comparison:
     approximate: Estimator | None
     with_head: bool
     data: EncodedSplit
-    options: KernelOptions = KernelOptions()
+    options: KernelOptions
 
     @classmethod
     def of(
@@ -65,25 +71,30 @@ class Comparison:
             with_head: Whether a head made for this task is part of every space.
             batch_size: Maximal number of examples per batch.
             approximate: Estimator of the full kernel; None to compute it exactly.
-            options: Options of the kernels.
+            options: Options of the kernels; their reduction is to contrasts.
 
         Returns:
             The comparison.
         """
+        options = replace(options, reduce="contrast")
         module = backbone.module
         architecture = Architecture(module)
         head = Head() if backbone.new_head and with_head else None
         device = next(module.parameters()).device
         data = encode_split(backbone, replace(split, dev=()), batch_size, device)
         train = data.batches[: data.train_batches]
-        fixed = [calibrate(space, module, train) for space in requested]
+        fixed = [selected(space, backbone, train) for space in requested]
         roles, spaces = _spaces(fixed, requested, architecture, head)
         if backbone.new_head and not with_head:
             new = tuple(architecture.head)
             spaces = {name: Without(space, new) for name, space in spaces.items()}
         if approximate is not None:
             approximate = approximate.fitted(
-                module, train, spaces=[spaces["full"]], kind=options.kind
+                module,
+                train,
+                spaces=[spaces["full"]],
+                outputs=reader(options),
+                kind=options.kind,
             )
         with_head = head is not None
         return cls(

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntk.classifiers import Method, Tuned, tune
-from ntk.gradients import calibrate
 from ntk.kernels import Kind
 from ntk.measures import distance, gram_matrix, growth, spectrum
 from ntk.spaces import Full, Head, Space, parse_space
+from ntk.studies.encoding import selected
 from ntk.studies.folder import Cell, Record
 from ntk.studies.protocol import Protocol, ScoredSplit, description
 from ntk.studies.tuned import rounded_outputs
@@ -54,7 +54,12 @@ def kernel_records(
     module = backbone.module
     named: dict[str, Space] = {"": Full()}
     for text in spaces:
-        space = calibrate(parse_space(text), module, data.batches[: data.train_batches])
+        space = selected(
+            parse_space(text),
+            backbone,
+            data.batches[: data.train_batches],
+            regression=data.regression,
+        )
         if backbone.new_head and not isinstance(space, Full | Head):
             space = space + Head()
         named[text] = space

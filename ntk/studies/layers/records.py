@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntk.gradients import calibrate
 from ntk.kernels import LayerKernel, layer_spaces
 from ntk.layer_selection import starting_residual
 from ntk.measures import Array, gram_matrix
 from ntk.spaces import Head, LowRank, Maps, parse_space, resolve
+from ntk.studies.encoding import by_row, selected
 from ntk.studies.folder import Cell, Record
 from ntk.studies.protocol import Protocol, ScoredSplit, description
 from ntk.studies.tuned import scores_of, tuned_on
@@ -70,7 +70,8 @@ class LayerKernels:
         residual = starting_residual(labels, f0)
         # One column per output, even if a label has no example.
         targets = np.eye(f0.shape[1])[labels]
-        flat = lambda r: _by_row(r, rows, margin=record["reduction"] == "margin")
+        margin = record["reduction"] == "margin"
+        flat = lambda r: r[:, 1:] if margin else by_row(r, rows)
         return cls(
             layers,
             np.zeros((rows, rows)) if base is None else base,
@@ -101,7 +102,7 @@ def check_layers(protocol: Protocol, cell: Cell, space: str) -> dict[str, int]:
     # The number of rows does not depend on the examples that select them: use two.
     some = backbone.encode(split.train[:2], 2)[0]
     some = [{k: v.to(protocol.device) for k, v in batch.items()} for batch in some]
-    parts = layer_spaces(module, calibrate(parse_space(space), module, some))
+    parts = layer_spaces(module, selected(parse_space(space), backbone, some))
     maps = resolve({n: part for n, part in parts.items() if n.isdigit()}, module)
     if not maps:
         raise SelectionError(
@@ -141,7 +142,7 @@ def layer_records(
     reduction = protocol.reduction(data.f0.shape[1])
     records = []
     for text in spaces:
-        space = calibrate(parse_space(text), backbone.module, data.batches)
+        space = selected(parse_space(text), backbone, data.batches)
         if backbone.readout == "head":
             space = space + Head()
         layers = layer_spaces(backbone.module, space)
@@ -215,10 +216,3 @@ def _whole(rows: Sequence[Sequence[float]]) -> Array:
     for i, row in enumerate(rows):
         lower[i, : i + 1] = row
     return lower + np.tril(lower, -1).T
-
-
-def _by_row(targets: Array, rows: int, *, margin: bool) -> Array:
-    """Return targets ``(n, c)`` with one row per row of the Gram matrix."""
-    if margin:
-        return targets[:, 1:]
-    return targets if len(targets) == rows else targets.reshape(-1, 1)

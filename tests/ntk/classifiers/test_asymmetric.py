@@ -144,10 +144,10 @@ def test_leave_one_out_of_ridge_is_brute_force(form, c, with_offset):
         alpha = 0.05 * machine.scale_ / (np.trace(flat(inner)) / len(flat(inner)))
         fold = AsymmetricRidgeClassifier(alpha)
         fold.fit(inner, y[rest], **start(f0, rest, with_offset))
-        f = fold._outputs(K[np.ix_([i], rest)], f0[[i]] if with_offset else None)[0]
-        target = 2 * y[i] - 1 if len(f) == 1 else np.eye(c)[y[i]]
-        squares.append((target - f) ** 2)
-        right.append((f[0] > 0 if len(f) == 1 else f.argmax()) == y[i])
+        f = fold._logits(K[np.ix_([i], rest)], f0[[i]] if with_offset else None)[0]
+        miss = fold.outputs_.encoded(np.eye(c)[y[i]] - f)
+        squares.append(miss**2)
+        right.append(f.argmax() == y[i])
     close(machine.loo_error_, np.mean(squares))
     close(machine.loo_accuracy_, np.mean(right))
 
@@ -244,7 +244,7 @@ def test_errors_of_fit():
         (K[:-1], y, rf"`K` has shape \({n - 1}, {n}\).*square"),
         (K, y[:-1], rf"`y` has {n - 1} labels"),
         (K, np.zeros(n), "`y` holds one class"),
-        (np.zeros((n, n, 2, 2)), y, r"3 classes; expected .*\(n, n, 3, 3\)"),
+        (np.zeros((n, n, 4, 4)), y, r"3 classes; expected .*\(n, n, 3, 3\)"),
         (nan, y, "K contains NaN"),
         (-K, y, "`K` has mean diagonal -"),
     ]:

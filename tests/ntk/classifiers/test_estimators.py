@@ -21,6 +21,7 @@ from ntk.classifiers.estimators import (
     KernelRidgeClassifier,
     KernelSVC,
 )
+from ntk.measures.gram import contrasts
 from ntk.measures.spectrum import NotPSDError, NotSymmetricError
 
 FIXED = {
@@ -59,9 +60,18 @@ def draw_block(c, *, n=18, m=9, parameters=40, seed=0):
     return K[:n, :n], y[:n], K[n:, :n], y[n:]
 
 
+def contrasted(K):
+    """Return Q^T K Q of a block kernel, by its definition."""
+    Q = contrasts(K.shape[2]).numpy()
+    return np.einsum("nmcd,ca,db->nmab", K, Q, Q)
+
+
 def kernels(form, c, seed=0):
     if form == "block":
         return draw_block(c, seed=seed)
+    if form == "contrasts":
+        K, y, K_test, y_test = draw_block(c, seed=seed)
+        return contrasted(K), y, contrasted(K_test), y_test
     x, y, x_test, y_test = draw(c, seed=seed)
     return x @ x.T, y, x_test @ x.T, y_test
 
@@ -114,7 +124,7 @@ def test_block_ridge_is_the_dense_solution(c):
 
 
 @classes
-@pytest.mark.parametrize("form", ["scalar", "block"])
+@pytest.mark.parametrize("form", ["scalar", "block", "contrasts"])
 @pytest.mark.parametrize("with_offset", [False, True])
 def test_leave_one_out_is_brute_force(form, c, with_offset):
     K, y, *_ = kernels(form, c)
@@ -126,17 +136,18 @@ def test_leave_one_out_is_brute_force(form, c, with_offset):
     for i in range(len(y)):
         rest = np.delete(np.arange(len(y)), i)
         inner = K[np.ix_(rest, rest)]
-        diagonal = np.trace(inner if form == "scalar" else gram(inner))
-        size = len(rest) * (1 if form == "scalar" else c)
-        alpha = 0.02 * machine.scale_ / (diagonal / size)  # the same absolute ridge
+        square = inner if form == "scalar" else gram(inner)
+        alpha = (
+            0.02 * machine.scale_ * len(square) / np.trace(square)
+        )  # the same absolute ridge
         fold = KernelRidgeClassifier(alpha=alpha)
         fold.fit(inner, y[rest], offset=None if f0 is None else f0[rest])
         held_out = K[np.ix_([i], rest)]
         offset = None if f0 is None else f0[[i]]
         right.append(fold.predict(held_out, offset=offset)[0] == y[i])
-        f = fold._outputs(held_out, offset)[0]
-        target = 2 * y[i] - 1 if len(f) == 1 else targets[i]
-        squares.append((target - f) ** 2)
+        f = fold._logits(held_out, offset)[0]
+        miss = fold.outputs_.encoded(targets[i] - f)
+        squares.append(miss**2)
     assert_allclose(machine.loo_error_, np.mean(squares), rtol=1e-9)
     assert_allclose(machine.loo_accuracy_, np.mean(right), rtol=1e-12)
     assert 0 < machine.loo_accuracy_ < 1
@@ -288,6 +299,75 @@ def test_svc_decisions_agree_with_predictions():
     )
     assert not hasattr(machine, "predict_proba")
     assert not hasattr(KernelRidgeClassifier(), "predict_proba")
+
+
+# ---------------------------------------------------------------- contrasts
+
+
+def test_svc_of_two_classes_sees_contrasts_only():
+    K, y, K_test, _ = draw_block(2)
+    expected = KernelSVC(C=1.0).fit(K, y).decision_function(K_test)
+    machine = KernelSVC(C=1.0).fit(contrasted(K), y)
+    assert_allclose(machine.decision_function(contrasted(K_test)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("c", [2, 3, 5])
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_logistic_sees_contrasts_only(c, with_offset):
+    K, y, K_test, _ = draw_block(c, n=24)
+    rng = np.random.default_rng(1)
+    f0, f0_test = (rng.normal(size=(len(k), c)) * with_offset for k in (K, K_test))
+    full = KernelLogisticRegression(C=2.0).fit(K, y, offset=f0)
+    Q = contrasted(K)
+    # The strength is in units of the mean diagonal, which differ.
+    C = 2.0 * np.trace(gram(Q)) / len(gram(Q)) / full.scale_
+    machine = KernelLogisticRegression(C=C).fit(Q, y, offset=f0)
+    assert_allclose(
+        machine.predict_proba(contrasted(K_test), offset=f0_test),
+        full.predict_proba(K_test, offset=f0_test),
+        atol=1e-7,
+    )
+
+
+@pytest.mark.parametrize("c", [2, 3, 5])
+def test_ridge_on_contrasts_is_ridge_if_the_ignored_direction_is_apart(c):
+    # K = k (x) I + h (x) 1 1^T / c: the outputs' sum has a kernel of its own, h.
+    x, y, x_test, _ = draw(c, n=26)
+    k, k_test = x @ x.T, x_test @ x.T
+    h, h_test = np.cos(k), np.cos(k_test)
+    ones = np.ones((c, c)) / c
+
+    def outputs(k, h):
+        return kron(k, c) + np.einsum("nm,cd->nmcd", h, ones)
+
+    K, K_test = outputs(k, 30 * (h @ h.T)), outputs(k_test, 30 * (h_test @ h.T))
+    full = KernelRidgeClassifier(alpha=0.1).fit(K, y)
+    Q = contrasted(K)
+    scale = np.trace(gram(Q)) / len(gram(Q))
+    machine = KernelRidgeClassifier(alpha=0.1 * full.scale_ / scale).fit(Q, y)
+    result = machine._logits(contrasted(K_test), None)
+    expected = full._logits(K_test, None)
+    expected = expected - expected.mean(axis=1, keepdims=True)
+    assert_allclose(result, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FIXED)
+@classes
+def test_the_basis_of_contrasts_does_not_matter(name, c):
+    K, y, K_test, _ = kernels("contrasts", c)
+    rng = np.random.default_rng(3)
+    full, *_ = kernels("block", c)
+    # Another function of the input, added to all outputs, is not seen.
+    more = rng.normal(size=(len(y), c, 7))
+    same = np.repeat(rng.normal(size=(len(y), 1, 7)), c, axis=1)
+    K_more = full + np.einsum("ncp,mdp->nmcd", same, same)
+    assert_allclose(contrasted(K_more), K, rtol=1e-9, atol=1e-9)
+    assert not np.allclose(contrasted(full + np.einsum("ncp,mdp->nmcd", more, more)), K)
+    decision = clone(FIXED[name]).fit(K, y).decision_function(K_test)
+    assert decision.shape == ((len(K_test), c) if c > 2 else (len(K_test),))
+    if name != "svc":
+        logits = clone(FIXED[name]).fit(K, y)._logits(K_test, None)
+        assert_allclose(logits.sum(axis=1), 0, atol=1e-12)
 
 
 # ---------------------------------------------------------------- all of them

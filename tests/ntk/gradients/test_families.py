@@ -97,6 +97,37 @@ def test_full_kernel_agrees_with_plain_autograd(computed):
     assert_close(computed.factors.kernels["full"], dense.kernel(trained))
 
 
+@pytest.mark.parametrize("c", [2, 3, 5])
+def test_contrasts_agree_with_plain_autograd(computed, c):
+    """c outputs are mixed from the family's own: their gradients are mixed alike."""
+    generator = torch.Generator().manual_seed(c)
+    own = computed.gradients[computed.trained[0]].shape[1]
+    mix = torch.randn(own, c, dtype=torch.float64, generator=generator)
+    read = computed.family.outputs or dense.logits
+    trained = [
+        torch.einsum("nk...,kc->nc...", computed.gradients[name], mix)
+        for name in computed.trained
+    ]
+    outputs = lambda answer: read(answer) @ mix.to(read(answer))
+    for kind, sign in (("sgd", lambda g: g), ("signgd", torch.sign)):
+        options = KernelOptions(outputs=outputs, reduce="contrast", kind=kind)
+        result = compute(
+            computed.model, computed.inputs, spaces={"": Full()}, options=options
+        )
+        if kind == "sgd" or c == 2:
+            seen = [dense.contrasted(g) for g in trained]
+        else:
+            seen = [g - g.mean(dim=1, keepdim=True) for g in trained]
+        if kind == "signgd":
+            # Signs of gradients that are zero in exact arithmetic are rounding.
+            largest = max(float(g.abs().max()) for g in seen)
+            small = [(g != 0) & (g.abs() < 1e-9 * largest) for g in seen]
+            if any(bool(entries.any()) for entries in small):
+                continue
+        expected = dense.kernel(seen, left_of=sign, right_of=sign)
+        assert_close(result.kernels[""], expected, of=kind)
+
+
 def test_bias_kernel_agrees_with_plain_autograd(computed):
     if "bias" not in computed.spaces:
         pytest.skip("has no biases")

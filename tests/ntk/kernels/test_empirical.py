@@ -9,11 +9,12 @@ from dense import assert_close
 from torch import nn
 from transformers import BatchEncoding
 
+from ntk.gradients.contrasts import ContrastReadout
 from ntk.gradients.function import batch_length
 from ntk.kernels import engine
 from ntk.kernels.empirical import compute, empirical_ntk
 from ntk.kernels.options import KernelOptions
-from ntk.measures.gram import gram_matrix, reduced
+from ntk.measures.gram import contrasts, gram_matrix, reduced
 from ntk.spaces.kinds import Columns, Full, LoRA, Rows
 
 BUILT = ["bert", "deberta-v2", "t5", "gpt2", "llama", "mixture"]
@@ -115,6 +116,41 @@ def test_margin_is_that_of_the_full_kernel(name, implementation):
     by_hand = full[..., 1, 1] + full[..., 0, 0] - full[..., 0, 1] - full[..., 1, 0]
     assert_close(margin, by_hand)
     assert_close(reduced(full, "margin"), by_hand)
+
+
+@pytest.mark.parametrize("implementation", ["factors", "jacobian", "jvp"])
+def test_contrasts_and_their_trace_are_those_of_the_full_kernel(implementation):
+    model, inputs = built("mlp")
+    options = {"outputs": BY_NAME["mlp"].outputs, "implementation": implementation}
+    full = empirical_ntk(model, inputs, space=Rows(2), **options)
+    # The trace is over all outputs less what they have in common.
+    c = full.shape[2]
+    trace = torch.einsum("nmcc->nm", full) - full.sum(dim=(2, 3)) / c
+    options |= {"space": Rows(2)}
+    assert_close(
+        empirical_ntk(model, inputs, reduce="contrast_trace", **options), trace
+    )
+    contrast = empirical_ntk(model, inputs, reduce="contrast", **options)
+    assert contrast.shape[2:] == (c - 1, c - 1)
+    assert_close(reduced(full, "contrast"), contrast)
+    assert_close(reduced(full, "contrast_trace"), trace)
+
+
+@pytest.mark.parametrize("c", [2, 3, 7])
+def test_contrasts_are_orthonormal_and_ignore_a_constant(c):
+    Q = contrasts(c)
+    assert_close(Q.T @ Q, torch.eye(c - 1, dtype=torch.float64))
+    assert_close(Q.sum(dim=0), torch.zeros(c - 1, dtype=torch.float64), floor=1e-15)
+    assert_close(Q @ Q.T, torch.eye(c, dtype=torch.float64) - 1 / c)
+    values = torch.randn(4, c, dtype=torch.float64)
+    assert_close(ContrastReadout()(values + 5), values @ Q)
+
+
+def test_one_output_has_no_contrast():
+    with pytest.raises(ValueError, match=r"c=1; expected 2 outputs or more"):
+        contrasts(1)
+    with pytest.raises(ValueError, match=r"outputs have shape \(3, 1\).*two or more"):
+        ContrastReadout()(torch.ones(3, 1))
 
 
 def test_reducing_to_full_changes_nothing():

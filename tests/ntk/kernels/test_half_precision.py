@@ -12,6 +12,7 @@ from commands import exit_code
 
 from ntk import compare
 from ntk.kernels.empirical import compute, empirical_ntk
+from ntk.kernels.options import KernelOptions
 from ntk.kernels.spot_check import check_entries, reference_model
 from ntk.spaces.kinds import Columns, Full, LoRA, Norm, Rows
 
@@ -83,7 +84,9 @@ def test_the_spot_check_is_in_float32(dtype):
     reference = reference_model(low)
     assert (reference is low) == (dtype is torch.float32)
     assert {p.dtype for p in reference.parameters()} == {torch.float32}
-    found = check_entries(reference, batches, SPACES, kernels, kind="sgd", seed=0)
+    found = check_entries(
+        reference, batches, SPACES, kernels, options=KernelOptions(), seed=0
+    )
     for entry in found.values():
         assert entry["precision"] == "float32"
         assert entry["relative_error"] < 8 * torch.finfo(dtype).eps

@@ -1,11 +1,14 @@
 """From a model and a split to a record: order, heads, kinds, and what is measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import checkpoint, reviews
 from dense import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ntk.kernels.empirical import empirical_ntk
 from ntk.kernels.options import KINDS, KernelOptions
@@ -57,8 +60,58 @@ def kernels_one_by_one(backbone, spaces, split=SPLIT):
     batches = one_by_one(backbone, split)
     train = batches[: len(split.train)]
     return empirical_ntk(
-        backbone.module, batches, train, space=spaces, implementation="jacobian"
+        backbone.module,
+        batches,
+        train,
+        space=spaces,
+        implementation="jacobian",
+        reduce="contrast",
     )
+
+
+@settings(max_examples=3)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["sgd", "signgd"]))
+def test_what_is_added_to_all_outputs_changes_no_number(folder, seed, kind):
+    """Softmax ignores it. The function uses the model's own parameters, too."""
+    split = reviews(4, test=3)
+    direction = torch.randn(
+        2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+
+    def shifted(module, arguments, output):
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        more = logits + 3 * (logits @ direction).square()[:, None] + 1
+        return more if logits is output else replace(output, logits=more)
+
+    plain = load(folder, split)
+    records = [evaluated(plain, split, [Rows(2)], offset=True, kind=kind).record]
+    with plain.module.register_forward_hook(shifted):
+        records.append(
+            evaluated(plain, split, [Rows(2)], offset=True, kind=kind).record
+        )
+    first, second = map(numbers, records)
+    assert len(first) > 100
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert second[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+def numbers(value, name=""):
+    """Return every number of a record but times and errors of rounding, by path."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    elif isinstance(value, int | float):
+        return {name: float(value)}
+    else:
+        return {}
+    return {
+        path: number
+        for key, part in items
+        if key not in {"timing", "certificate", "tolerance"}
+        for path, number in numbers(part, f"{name}.{key}").items()
+    }
 
 
 def entries(evaluation):
@@ -78,7 +131,7 @@ def test_kernels_are_in_the_order_of_the_split(folder, evaluation):
     expected = kernels_one_by_one(backbone, spaces)
     assert set(evaluation.kernels) == set(spaces)
     for name, kernel in evaluation.kernels.items():
-        assert kernel.shape == (13, 8, 2, 2)
+        assert kernel.shape == (13, 8, 1, 1)
         assert_close(kernel, expected[name], of=name)
 
 
@@ -230,6 +283,7 @@ def test_kinds_differ(folder, evaluation):
         batches[:8],
         space=Rows(2) + Head(),
         kind="asymmetric_signgd",
+        reduce="contrast",
         implementation="jacobian",
     )
     assert_close(other.kernels["rows:2"], expected)
@@ -239,7 +293,7 @@ def test_kinds_differ(folder, evaluation):
 def test_three_labels(folder):
     split = reviews(12, test=5, labels=("bad", "good", "ok"))
     evaluation = evaluated(load(folder, split), split, [Rows(2)])
-    assert evaluation.kernels["full"].shape == (17, 12, 3, 3)
+    assert evaluation.kernels["full"].shape == (17, 12, 2, 2)
     assert evaluation.record["task"]["outputs"] == 3
     entry = entries(evaluation)["rows:2"]
     for classifier in ("ridge", "logistic", "svm"):
