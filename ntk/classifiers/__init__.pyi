@@ -1,5 +1,13 @@
-from .agreement import Interval, RatioSummary, kappa, margin_correlation, mean_ratio
+from .agreement import (
+    Interval,
+    RatioSummary,
+    kappa,
+    margin_correlation,
+    mean_ratio,
+    paired_difference,
+)
 from .asymmetric import AsymmetricRidgeClassifier
+from .crossfit import CrossFitted, Fold, cross_fit
 from .estimators import KernelLogisticRegression, KernelRidgeClassifier, KernelSVC
 from .logistic import logistic_path
 from .tuning import Method, Tuned, tune
@@ -11,12 +19,17 @@ __all__ = [
     "KernelSVC",
     "AsymmetricRidgeClassifier",
     "tune",
+    "cross_fit",
     # agreement
     "Interval",
     "RatioSummary",
     "kappa",
     "margin_correlation",
     "mean_ratio",
+    "paired_difference",
+    # crossfit
+    "CrossFitted",
+    "Fold",
     # logistic
     "logistic_path",
     # tuning

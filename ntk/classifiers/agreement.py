@@ -30,6 +30,7 @@ __all__ = [
     "margins",
     "mcnemar",
     "mean_ratio",
+    "paired_difference",
     "predictions",
 ]
 
@@ -242,6 +243,55 @@ def bootstrap_difference(
     )
     low, high = map(float, result.confidence_interval)
     return Interval(float(statistic(sample)), low, high, level, draws)
+
+
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, *, crossed: bool = True
+) -> tuple[float, float]:
+    """Return a difference of accuracies, first minus second, and its standard error.
+
+    Both classify the same examples, so the error is that of their differences. With
+    several splits that share the test examples, the variance of the mean of a crossed
+    table D ``(k, n)`` is estimated by
+
+        var(row means) / k + var(column means) / n - var(residuals) / (k n),
+
+    of splits and of examples (the residuals are in both). Otherwise it is that of the k
+    means of the splits.
+
+    Args:
+        first: ``(k, n)`` 1 where an example is classified correctly, else 0, by split.
+        second: The same of the other classifier.
+        crossed: Whether the splits share the test examples.
+
+    Returns:
+        The difference and its standard error; NaN for a single example.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    >>> paired_difference([[1, 1, 0, 1]], [[1, 0, 0, 1]])
+    (0.25, 0.25)
+    """
+    a, b = (np.asarray(values, dtype=float) for values in (first, second))
+    if a.shape != b.shape or a.ndim != 2 or not a.size:
+        raise ValueError(
+            f"`first` has shape {a.shape} and `second` {b.shape}; expected the same "
+            "(k, n), k splits of n test examples."
+        )
+    D = a - b
+    k, n = D.shape
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rows = float(D.mean(axis=1).var(ddof=1) / k) if k > 1 else 0.0
+        columns = float(D.mean(axis=0).var(ddof=1) / n) if n > 1 else float("nan")
+    if k > 1 and not crossed:
+        return float(D.mean()), float(np.sqrt(rows))
+    variance = rows + columns
+    if k > 1 and n > 1:
+        residuals = D - D.mean(axis=1, keepdims=True) - D.mean(axis=0) + D.mean()
+        variance -= float((residuals**2).sum() / ((k - 1) * (n - 1)) / (k * n))
+    # The estimate may be below the larger of its parts by chance.
+    return float(D.mean()), float(np.sqrt(np.nanmax([variance, rows, columns])))
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike, labels: ArrayLike) -> float:

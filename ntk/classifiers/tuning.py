@@ -106,7 +106,16 @@ class _Data:
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
+    """A fitted grid point.
+
+    Attributes:
+        regularisation: alpha for ridge, C for the others.
+        offset_scale: s of the start s f0; 0 means no f0.
+        outputs: ``(m, c)`` outputs on the dev and the other examples.
+        loss: Mean dev loss of the kind that the method minimises; None for "svm".
+    """
+
     regularisation: float
     offset_scale: float
     outputs: Array
@@ -158,26 +167,31 @@ def tune(
             symmetric positive semi-definite (except for "asymmetric"), or a score is
             not finite.
     """
-    _check_method(method, regression, f0)
-    grid, scales = _grid(regularisations, method), _scales(offsets, f0)
-    data = _data(kernel, labels_train, labels_dev, f0, regression)
-    fit = _fit_ridge if method in RIDGES else _fit_machines
-    points = list(fit(data, method, grid, scales))
-    scores = np.array([_score(judge, point, data.dev_labels) for point in points])
-    best = _best(points, scores, method)
+    points = fitted_points(
+        kernel,
+        labels_train,
+        labels_dev,
+        method=method,
+        f0=f0,
+        regularisations=regularisations,
+        offsets=offsets,
+        regression=regression,
+    )
+    dev_labels = np.asarray(labels_dev)
+    d = len(dev_labels)
+    best, scores = best_point(points, dev_labels, judge, method)
     point = points[best]
-    d = len(data.dev_labels)
     return Tuned(
         dev=point.outputs[:d],
         test=point.outputs[d:],
         regularisation=point.regularisation,
         offset_scale=point.offset_scale,
-        dev_score=float(scores[best]),
+        dev_score=scores[best],
         grid=[
             {
                 "regularisation": p.regularisation,
                 "offset_scale": p.offset_scale,
-                "dev_score": float(score),
+                "dev_score": score,
                 "dev_loss": p.loss,
             }
             for p, score in zip(points, scores, strict=True)
@@ -185,9 +199,32 @@ def tune(
     )
 
 
+def fitted_points(
+    kernel: ArrayLike,
+    labels_train: ArrayLike,
+    labels_dev: ArrayLike,
+    *,
+    method: Method,
+    f0: Maybe = None,
+    regularisations: Sequence[float] | None = None,
+    offsets: Sequence[float] | None = None,
+    regression: bool = False,
+) -> list[Point]:
+    """Fit every point of a grid on train; arguments and errors are those of `tune`.
+
+    Returns:
+        The points, by ascending regularisation parameter and then offset scale.
+    """
+    _check_method(method, regression, f0)
+    grid, scales = _grid(regularisations, method), _scales(offsets, f0)
+    data = _data(kernel, labels_train, labels_dev, f0, regression)
+    fit = _fit_ridge if method in RIDGES else _fit_machines
+    return list(fit(data, method, grid, scales))
+
+
 def _fit_ridge(
     data: _Data, method: str, alphas: Sequence[float], scales: Sequence[float]
-) -> Iterator[_Point]:
+) -> Iterator[Point]:
     n, m, d = len(data.train), len(data.rest), len(data.dev_labels)
     Y, dev_Y = data.targets(data.labels), data.targets(data.dev_labels)
     f0 = np.zeros((n + m, data.c)) if data.f0 is None else data.f0
@@ -211,7 +248,7 @@ def _fit_ridge(
         for s in scales:
             f = P_Y + (s * (f0[n:] - P_f0) if s else mean[0] - P_mean)
             loss = float(((f[:d] - dev_Y) ** 2).mean())
-            yield _Point(alpha, s, data.outputs.decoded(f), loss)
+            yield Point(alpha, s, data.outputs.decoded(f), loss)
 
 
 def _solver(method: str, gram: Array, columns: Array) -> Callable[[float], Array]:
@@ -225,7 +262,7 @@ def _solver(method: str, gram: Array, columns: Array) -> Callable[[float], Array
 
 def _fit_machines(
     data: _Data, method: str, Cs: Sequence[float], scales: Sequence[float]
-) -> Iterator[_Point]:
+) -> Iterator[Point]:
     n, d = len(data.train), len(data.dev_labels)
     for C in Cs:
         for s in scales:
@@ -241,10 +278,10 @@ def _fit_machines(
             if method == "logistic":
                 log_p = log_softmax(f[:d], axis=1)
                 loss = -float(log_p[range(d), data.dev_labels].mean())
-            yield _Point(C, s, f, loss)
+            yield Point(C, s, f, loss)
 
 
-def _score(judge: Judge, point: _Point, labels: NDArray[Any]) -> float:
+def _score(judge: Judge, point: Point, labels: NDArray[Any]) -> float:
     score = float(judge(point.outputs[: len(labels)], labels))
     if not np.isfinite(score):
         raise ValueError(
@@ -255,9 +292,22 @@ def _score(judge: Judge, point: _Point, labels: NDArray[Any]) -> float:
     return score
 
 
-def _best(points: Sequence[_Point], scores: Array, method: str) -> int:
-    """Return the index of the best point; `tune` describes how ties are broken."""
-    top, rounding = scores.max(), TIE - 1
+def best_point(
+    points: Sequence[Point], labels: NDArray[Any], judge: Judge, method: str
+) -> tuple[int, list[float]]:
+    """Score points; `tune` describes how ties are broken.
+
+    Args:
+        points: The points; their first outputs are those of the labels.
+        labels: ``(d,)`` labels.
+        judge: Function of ``(d, c)`` outputs and labels.
+        method: The method, whose strong end of a grid is known.
+
+    Returns:
+        The index of the best point, and all scores.
+    """
+    scores = [_score(judge, point, labels) for point in points]
+    top, rounding = max(scores), TIE - 1
     tied = [i for i in range(len(points)) if scores[i] >= top - rounding * abs(top)]
     losses = {i: loss for i in tied if (loss := points[i].loss) is not None}
     if losses:
@@ -269,7 +319,7 @@ def _best(points: Sequence[_Point], scores: Array, method: str) -> int:
     def rank(i: int) -> tuple[float, float]:
         return sign * points[i].regularisation, points[i].offset_scale
 
-    return min(tied, key=rank)
+    return min(tied, key=rank), scores
 
 
 def _gram(kernel: Array) -> Array:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntk.gradients import Batch, ContrastReadout, calibrate
+from ntk.gradients import Batch, ContrastReadout, calibrate, evaluating, logits
 from ntk.measures import contrasts
 from ntk.spaces import Space
 from rocoft.data import Split
@@ -59,6 +59,17 @@ class EncodedSplit:
         columns = torch.tensor(np.argsort(self.order[: self.train]))
         return kernel.cpu()[rows][:, columns]
 
+    def training(self) -> "EncodedSplit":
+        """Return the training examples alone."""
+        return EncodedSplit(
+            batches=self.batches[: self.train_batches],
+            train_batches=self.train_batches,
+            order=self.order[: self.train],
+            labels=self.labels[: self.train],
+            train=self.train,
+            held=0,
+        )
+
 
 def encode_split(
     backbone: Backbone, split: Split, batch_size: int, device: torch.device | str
@@ -85,6 +96,28 @@ def encode_split(
     labels = [e.label for e in (*split.train, *split.dev, *split.test)]
     sizes = len(split.train), len(split.dev)
     return EncodedSplit(batches, counts[0], order, np.array(labels), *sizes)
+
+
+def own_outputs(
+    backbone: Backbone, data: EncodedSplit, *, regression: bool = False
+) -> NDArray[np.float64]:
+    """Run a model on the examples of a split.
+
+    Args:
+        backbone: The model.
+        data: The examples.
+        regression: Whether the outputs are scores and not logits of classes.
+
+    Returns:
+        ``(n, c)`` outputs in the order of the split; logits less their mean over the
+        classes, which no softmax sees.
+    """
+    with evaluating(backbone.module), torch.no_grad():
+        rows = [logits(backbone.module(**batch)) for batch in data.batches]
+    outputs = torch.cat(rows).double().cpu().numpy()[np.argsort(data.order)]
+    return np.asarray(
+        outputs if regression else outputs - outputs.mean(axis=1, keepdims=True)
+    )
 
 
 def selected(

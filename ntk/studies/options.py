@@ -47,7 +47,14 @@ class FewShotOptions(TaskOptions):
         16, "training examples of each label", metavar="K", parse=positive
     )
     test_size: int = option(200, "most test examples", metavar="N", parse=positive)
-    seed: int = option(0, "of the split and of a new head")
+    seed: int = option(0, "of the (first) split and of a new head")
+    splits: int = option(
+        1,
+        "splits with seeds from --seed on: accuracies and measures are their means, "
+        "and differences carry the noise of the training examples, too",
+        metavar="K",
+        parse=positive,
+    )
 
 
 @dataclass(frozen=True)

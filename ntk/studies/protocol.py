@@ -19,12 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ntk.gradients import evaluating
 from ntk.kernels import KernelOptions, KernelResult, Kind, Precision
 from ntk.measures import Reduction
 from ntk.scale import Resources, Work, kernels
 from ntk.spaces import Space
-from ntk.studies.encoding import EncodedSplit, by_row, encode_split
+from ntk.studies.encoding import EncodedSplit, by_row, encode_split, own_outputs
 from ntk.studies.folder import Cell, Record
 from ntk.studies.options import StudyOptions
 from rocoft.commands import Bits, Readout
@@ -41,7 +40,7 @@ from rocoft.data import (
     with_prompt,
     with_test,
 )
-from rocoft.models import Backbone, load_backbone, logits, resolved_device
+from rocoft.models import Backbone, load_backbone, resolved_device
 from rocoft.training import parse_method, versions
 
 Array = NDArray[np.float64]
@@ -228,13 +227,10 @@ class ScoredSplit(EncodedSplit):
             The examples.
         """
         encoded = encode_split(backbone, split, protocol.batch_size, protocol.device)
-        with evaluating(backbone.module), torch.no_grad():
-            rows = [logits(backbone.module(**batch)) for batch in encoded.batches]
-        f0 = torch.cat(rows).double().cpu().numpy()[np.argsort(encoded.order)]
         task = split.task
         return cls(
             **vars(encoded),
-            f0=f0 if task.regression else f0 - f0.mean(axis=1, keepdims=True),
+            f0=own_outputs(backbone, encoded, regression=task.regression),
             metrics=metric_names(task.name, regression=task.regression),
             regression=task.regression,
         )

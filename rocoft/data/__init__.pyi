@@ -8,7 +8,14 @@ from .prompts import (
     log_likelihoods,
     split_completions,
 )
-from .splits import Split, few_shot, full_split, lmbff_split, with_test
+from .splits import (
+    Split,
+    few_shot,
+    full_split,
+    lmbff_split,
+    stratified_folds,
+    with_test,
+)
 from .tasks import (
     DEFAULT_TASK,
     HUB,
@@ -43,6 +50,7 @@ __all__ = [
     # splits
     "Split",
     "full_split",
+    "stratified_folds",
     "with_test",
     # tasks
     "DEFAULT_TASK",

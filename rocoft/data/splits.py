@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from rocoft.data.tasks import (
     LMBFF_FILE,
@@ -177,6 +177,44 @@ def full_split(
         train, test = _stratified(task, train, 0.2, 0)
     train, dev = _stratified(task, train, dev_share, seed)
     return Split(task, tuple(train), tuple(test[:test_size]), seed, tuple(dev))
+
+
+def stratified_folds(
+    split: Split, count: int = 2, seed: int | None = None
+) -> list[tuple[int, ...]]:
+    """Part the training examples into folds with the same share of every label.
+
+    Args:
+        split: The split; its labels are classes.
+        count: Number of folds, 2 or more.
+        seed: Seed of the draw; None means the split's.
+
+    Returns:
+        The indices of the training examples of each fold, ascending.
+
+    Raises:
+        TaskError: If a label has fewer training examples than there are folds: the
+            examples outside a fold must have every label.
+
+    >>> from rocoft.data import few_shot, load_task
+    >>> split = few_shot(load_task("reviews"), 4, 8, 0)
+    >>> [len(fold) for fold in stratified_folds(split)]
+    [4, 4]
+    """
+    labels = np.array([example.label for example in split.train])
+    counts = Counter(labels.tolist())
+    for label, name in enumerate(split.task.labels):
+        if counts[label] < count or count < 2:
+            raise TaskError(
+                f"label {name!r} of task {split.task.name!r} has {counts[label]} "
+                f"training examples, and folds={count} needs 2 folds or more with one "
+                "of each label. Raise --shots, or take a head that sees no labels "
+                "(--head-init random)."
+            )
+    folds = StratifiedKFold(
+        count, shuffle=True, random_state=split.seed if seed is None else seed
+    )
+    return [tuple(held.tolist()) for _, held in folds.split(labels, labels)]
 
 
 def _check_sizes(shots: int, test_size: int) -> None:

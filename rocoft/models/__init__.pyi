@@ -6,12 +6,13 @@ from .architecture import (
     match,
     order_of_place,
 )
-from .backbone import Backbone, allow_padding, fit_probe, length_limit, load_backbone
+from .backbone import Backbone, allow_padding, length_limit, load_backbone
 from .merging import merged
 from .notation import read, split_term
 from .offloaded import keep_on_host
 from .on_use import LinearOnUse, base_weight
 from .pretrained import EMBEDDED_NAME, load_pretrained, resolved_device
+from .probe import fit_probe, heads_without
 from .quantised import dequantised_on_use
 from .readouts import LabelWords, MeanPooled, Prompted, logits
 from .selection import DATA_STRATEGIES, Axis, select
@@ -32,6 +33,7 @@ __all__ = [
     # backbone
     "allow_padding",
     "fit_probe",
+    "heads_without",
     "length_limit",
     # merging
     "merged",

@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,7 +23,6 @@ from transformers import (
 
 from rocoft.commands import Bits, Head, Readout
 from rocoft.data import Example, Prompt, Split
-from rocoft.models.architecture import Architecture
 from rocoft.models.offloaded import keep_on_host
 from rocoft.models.pretrained import (
     EMBEDDED_NAME,
@@ -39,8 +36,9 @@ from rocoft.models.pretrained import (
     with_head,
     with_mean_head,
 )
+from rocoft.models.probe import fit_probe
 from rocoft.models.quantised import dequantised_on_use
-from rocoft.models.readouts import LabelWords, Prompted, logits
+from rocoft.models.readouts import LabelWords, Prompted
 
 
 @dataclass
@@ -57,6 +55,8 @@ class Backbone:
         prompt: The prompt of a language model.
         max_length: Maximum number of tokens of an example.
         notes: Remarks for the user: new heads, cut examples.
+        fitted_head: Whether the head was fitted to the training examples, so that it
+            has seen their labels, see `rocoft.models.probe`.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Backbone:
     prompt: Prompt | None
     max_length: int
     notes: list[str] = field(default_factory=list)
+    fitted_head: bool = False
 
     @property
     def readout_key(self) -> str:
@@ -253,7 +254,8 @@ def load_backbone(
     elif new_names:
         backbone.notes.append(f"new head: {', '.join(new_names)} ({head})")
         if head == "probe":
-            fit_probe(backbone, split)
+            fit_probe(backbone, split.task, split.train)
+            backbone.fitted_head = True
     examples = [*split.train, *split.test]
     if cut := backbone.truncated(examples):
         backbone.notes.append(
@@ -319,59 +321,3 @@ def _word_tokens(
             "others with --label-words, or use --readout head."
         )
     return word_tokens
-
-
-def fit_probe(backbone: Backbone, split: Split) -> None:
-    """Fit the head's last layer to the training examples.
-
-    By logistic regression for classes, by ridge regression for scores.
-
-    Args:
-        backbone: The backbone; its module is changed.
-        split: The split with the training examples.
-
-    Raises:
-        BackboneError: If the head has no linear layer to fit.
-    """
-    module = backbone.module
-    head = Architecture(module).head
-    last = [
-        (path, layer)
-        for path, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-        and f"{path}.weight" in head
-        and layer.out_features == len(split.task.labels)
-    ]
-    if not last:
-        raise BackboneError(
-            f"the head of {type(module).__name__} has no linear output layer to fit. "
-            "Use --head-init random."
-        )
-    path, layer = last[-1]
-    batches, order = backbone.encode(split.train, batch_size=32)
-    # Without the layer, the model's outputs are the layer's inputs.
-    module.set_submodule(path, nn.Identity())
-    try:
-        device = layer.weight.device
-        with torch.no_grad():
-            inputs = [
-                logits(module(**{k: v.to(device) for k, v in b.items()}))
-                for b in batches
-            ]
-    finally:
-        module.set_submodule(path, layer)
-    features = torch.cat(inputs).double().cpu().numpy()
-    labels = np.array([split.train[i].label for i in order])
-    biased, regression = layer.bias is not None, split.task.regression
-    probe = Ridge(fit_intercept=biased)
-    if not regression:
-        probe = LogisticRegression(max_iter=5000, fit_intercept=biased)
-    probe.fit(features, labels)
-    weight, bias = np.atleast_2d(probe.coef_), np.atleast_1d(probe.intercept_)
-    if len(weight) == 1 and not regression:
-        # Two classes have one log-odds function; the logits are plus and minus half.
-        weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
-    with torch.no_grad():
-        layer.weight.copy_(torch.as_tensor(weight))
-        if layer.bias is not None:
-            layer.bias.copy_(torch.as_tensor(bias))

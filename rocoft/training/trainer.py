@@ -383,7 +383,7 @@ def _probe(
         )
     model = copy.deepcopy(backbone.module)
     probed = replace(backbone, module=model)
-    fit_probe(probed, split)
+    fit_probe(probed, split.task, split.train)
     dev, test = _outputs(probed, split.dev), _outputs(probed, split.test)
     record = {
         **settings,

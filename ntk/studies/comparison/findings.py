@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from ntk.classifiers import paired_difference
 from ntk.reporting import Record, label_of, number_at, reference_of, shown, spaces_of
 from ntk.studies.comparison.figures import CLASSIFIERS
 
@@ -30,11 +31,12 @@ def summary_lines(record: Record) -> list[str]:
     Args:
         record: The record of a comparison.
     """
-    reference, examples = reference_of(record), number_at(record, "task.test")
+    reference = reference_of(record)
     asked = [s for s in spaces_of(record) if s.get("role") == "requested"]
     return [
-        *(_comparison(space, reference, examples) for space in asked),
+        *(_comparison(space, reference, record) for space in asked),
         *_controls(record),
+        *_labels(record),
         *_services(record),
         _certificate(record),
         *_estimate(record),
@@ -43,7 +45,7 @@ def summary_lines(record: Record) -> list[str]:
     ]
 
 
-def _comparison(space: Record, reference: Record | None, examples: float) -> str:
+def _comparison(space: Record, reference: Record | None, record: Record) -> str:
     """Return how a kernel and its accuracy differ from the reference."""
     name = _reference_name(reference)
     text = f"The kernel over {_spoken(space)}"
@@ -60,31 +62,59 @@ def _comparison(space: Record, reference: Record | None, examples: float) -> str
         text += f" has no distance to {name} that could be computed"
     for kind in CLASSIFIERS:
         p = number_at(space, f"classifiers.{kind}.accuracy")
-        q = number_at(reference, f"classifiers.{kind}.accuracy")
         if math.isfinite(p):
             accuracy = f"reaches {100 * p:.1f} %"
-            if math.isfinite(q):
-                accuracy = _gap(p, q, examples)
+            if reference is not None:
+                accuracy = _gap(space, reference, kind, record)
             text += f" and its {'SVM' if kind == 'svm' else kind} classifier {accuracy}"
             break
     return f"{text}."
 
 
-def _gap(p: float, q: float, examples: float) -> str:
-    """Return the difference of two accuracies and whether it is within noise."""
+def _gap(space: Record, reference: Record, kind: str, record: Record) -> str:
+    """Return the difference of two accuracies with its paired standard error."""
+    path = f"classifiers.{kind}"
+    p, q = (number_at(each, f"{path}.accuracy") for each in (space, reference))
+    if not math.isfinite(q):
+        return f"reaches {100 * p:.1f} %"
     points = 100 * (p - q)
     side = "above" if points > 0 else "below"
     text = f"is {abs(points):.1f} points {side} it" if p != q else "is as accurate"
     text += f" ({100 * p:.1f} % against {100 * q:.1f} %"
-    if examples > 0:
-        # Conservative: the accuracies are treated as independent.
-        noise = 200 * math.sqrt((p * (1 - p) + q * (1 - q)) / examples)
-        text += f", {examples:.0f} test examples: differences "
-        if abs(points) <= noise:
-            text += f"under {noise:.1f} points are within two standard errors"
+    splits = record.get("splits") or {}
+    first, second = (
+        ((each.get("classifiers") or {}).get(kind) or {}).get("correct")
+        for each in (space, reference)
+    )
+    if first and second:
+        crossed = bool(splits.get("same_test"))
+        _, error = paired_difference(first, second, crossed=crossed)
+        noise = 200 * error
+        text += f"; paired standard error {100 * error:.1f}, {_data(record)}: "
+        if abs(points) <= noise or not math.isfinite(noise):
+            text += "within two standard errors"
         else:
-            text += f"above {noise:.1f} points are beyond two standard errors"
+            text += "beyond two standard errors"
     return f"{text})"
+
+
+def _data(record: Record) -> str:
+    """Return how many splits and test examples a difference is over."""
+    count = (record.get("splits") or {}).get("count", 1)
+    splits = "one split" if count == 1 else f"{count} splits"
+    return f"{splits}, {number_at(record, 'task.test'):.0f} test examples"
+
+
+def _labels(record: Record) -> Iterator[str]:
+    """Yield what was measured on examples whose labels the head has not seen."""
+    kernel = record.get("kernel") or {}
+    if folds := kernel.get("folds"):
+        yield (
+            "The head was fitted to the training examples. Regularisations and "
+            f"alignment are out of fold: each of {folds} folds is measured under a "
+            "head that was fitted without it. Label power is that of the fitted head, "
+            "which has seen the labels."
+        )
 
 
 def _controls(record: Record) -> Iterator[str]:
@@ -103,7 +133,9 @@ def _controls(record: Record) -> Iterator[str]:
     if listed:
         yield f"Controls: ridge reaches {', '.join(listed)}."
     if math.isfinite(f0 := number_at(record, "f0.accuracy")):
-        yield f"The model's own outputs, before any training, reach {100 * f0:.1f} %."
+        fitted = (record.get("kernel") or {}).get("head_saw_labels")
+        when = "with the fitted head" if fitted else "before any training"
+        yield f"The model's own outputs, {when}, reach {100 * f0:.1f} %."
 
 
 def _services(record: Record) -> Iterator[str]:

@@ -8,10 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntk.classifiers import KernelLogisticRegression, KernelRidgeClassifier, KernelSVC
+from ntk.classifiers import (
+    KernelLogisticRegression,
+    KernelRidgeClassifier,
+    KernelSVC,
+    Method,
+    cross_fit,
+)
 from ntk.kernels import Kind
 from ntk.measures import contrasts, distance, gram_matrix, reduced, spectrum
 from ntk.studies.encoding import EncodedSplit
+from ntk.studies.folds import HeldOut
 
 Array = NDArray[np.float64]
 Record = dict[str, Any]
@@ -20,6 +27,13 @@ SHUFFLES = 10
 BLOCK_LIMIT = 1500
 """Largest coupled Gram matrix (rows) that multi-class classifiers use."""
 EIGENSPACE = 10
+CLASSIFIERS: dict[type, tuple[str, Method, str]] = {
+    KernelRidgeClassifier: ("alpha", "ridge", "loo_accuracy_"),
+    KernelLogisticRegression: ("C", "logistic", "cv_loss_"),
+    KernelSVC: ("C", "svm", "cv_accuracy_"),
+}
+"""Of each classifier the regularisation, the method of `cross_fit`, and the score by
+which it chooses where the head has seen no labels."""
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 
@@ -35,6 +49,9 @@ class Measurement:
         outputs: ``(n, c)`` outputs of the model, less their mean.
         offset: Whether classifiers start from them, and not from zero.
         seed: Seed of permutations.
+        folds: Kernels under heads that were fitted without a fold. What uses training
+            labels, choices and alignment, is then measured on examples that the head
+            has not seen.
     """
 
     def __init__(
@@ -45,16 +62,17 @@ class Measurement:
         outputs: Array,
         offset: bool,
         seed: int,
+        folds: Sequence[HeldOut] = (),
     ) -> None:
         self.n = data.train
         self.kernels = kernels
         self.symmetric = kind != "asymmetric_signgd"
         self.offset = outputs if offset else None
-        self.seed = seed
+        self.seed, self.folds = seed, folds
         self.train, self.test = data.labels[: self.n], data.labels[self.n :]
         c, self.b = outputs.shape[1], next(iter(kernels.values())).shape[2]
-        encoder = contrasts(c).numpy() if self.b == c - 1 else np.eye(c) - 1 / c
-        self.targets = encoder[self.train].reshape(-1)
+        self.encoder = contrasts(c).numpy() if self.b == c - 1 else np.eye(c) - 1 / c
+        self.targets = self.encoder[self.train].reshape(-1)
 
     def gram(self, name: str) -> Array:
         """Return the Gram matrix over the training examples."""
@@ -73,20 +91,40 @@ class Measurement:
             body = self._distance(reference - block, gram - block)
         values, vectors = spectrum.eigensystem(gram)
         power = spectrum.cumulative_power(vectors, self.targets)
-        null = distance.permutation_alignment(
-            gram, self.targets, seed=self.seed, draws=200, outputs=self.b
-        )
         return {
             "distance": self._distance(reference, gram),
             "body_distance": body,
             "spectrum": asdict(spectrum.summary(gram, eps=FLOAT32_EPS)),
             "eigenvalues": values.tolist(),
             "cumulative_power": power.tolist(),
-            "alignment": {
-                "value": null.observed,
-                "null_mean": null.mean,
-                "null_std": null.std,
-            },
+            "alignment": self._alignment(name),
+        }
+
+    def _alignment(self, name: str) -> Record:
+        """Return the kernel-target alignment, and that with permuted labels.
+
+        With folds, their mean: of each the kernel between the examples that the head
+        has not seen.
+        """
+        parts = [(self.gram(name), self.targets)]
+        if self.folds:
+            parts = [
+                (
+                    gram_matrix(fold.unseen(name)).numpy(),
+                    self.encoder[self.train[list(fold.held)]].reshape(-1),
+                )
+                for fold in self.folds
+            ]
+        nulls = [
+            distance.permutation_alignment(
+                gram, targets, seed=self.seed, draws=200, outputs=self.b
+            )
+            for gram, targets in parts
+        ]
+        return {
+            "value": float(np.mean([null.observed for null in nulls])),
+            "null_mean": float(np.mean([null.mean for null in nulls])),
+            "null_std": float(np.linalg.norm([n.std for n in nulls])) / len(nulls),
         }
 
     def _distance(self, reference: Array, gram: Array) -> Record | None:
@@ -100,14 +138,9 @@ class Measurement:
         """Return the test accuracy of each classifier on one kernel."""
         if not self.symmetric:
             return dict.fromkeys(("ridge", "logistic", "svm"))
-        kernel = self._kernel(name)
-        ridge = self._fit(KernelRidgeClassifier(), kernel)
-        logistic = self._fit(KernelLogisticRegression(), kernel)
-        svm = self._fit(KernelSVC(), kernel, offset=False)
         return {
-            "ridge": self._score(ridge, kernel, ridge.alpha_, ridge.loo_accuracy_),
-            "logistic": self._score(logistic, kernel, logistic.C_, logistic.cv_loss_),
-            "svm": self._score(svm, kernel, svm.C_, svm.cv_accuracy_, offset=False),
+            method: self._classified(name, model())
+            for model, (_, method, _) in CLASSIFIERS.items()
         }
 
     def random_selections(self, names: Sequence[str]) -> list[Record]:
@@ -124,8 +157,7 @@ class Measurement:
             values: dict[str, list[float]] = {}
             for name in members:
                 gram = self.gram(name)
-                ridge = self._fit(KernelRidgeClassifier(), self._kernel(name))
-                score = self._score(ridge, self._kernel(name), 0, None)
+                score = self._classified(name, KernelRidgeClassifier())
                 far = distance.relative_difference(
                     full, gram, "frobenius", rescale=True
                 )
@@ -143,7 +175,7 @@ class Measurement:
         if not self.symmetric:
             return None
         generator = np.random.default_rng(self.seed)
-        kernel = self._kernel("full")
+        kernel = self._form(self.kernels["full"]).numpy()
         scores = []
         for _ in range(SHUFFLES):
             labels = generator.permutation(self.train)
@@ -163,38 +195,47 @@ class Measurement:
             kernels[name] = np.round(cosine[order][:, order], 4).tolist()
         return {"labels": self.train[order].tolist(), "kernels": kernels}
 
-    def _kernel(self, name: str) -> Array:
-        """Return the kernel for classifiers, ``(n, m)`` or ``(n, m, b, b)``."""
-        kernel = self.kernels[name]
+    def _form(self, kernel: Tensor) -> Tensor:
+        """Return a kernel for classifiers, ``(n, m)`` or ``(n, m, b, b)``."""
         coupled = self.b == 1 or self.n * self.b <= BLOCK_LIMIT
-        return (kernel if coupled else reduced(kernel, "trace")).numpy()
+        return kernel if coupled else reduced(kernel, "trace")
 
-    def _fit(self, model: Any, kernel: Array, *, offset: bool = True) -> Any:
-        return model.fit(
-            kernel[: self.n], self.train, **self._start(slice(0, self.n), offset)
-        )
-
-    def _score(
-        self,
-        model: Any,
-        kernel: Array,
-        regularisation: float,
-        selection: float | None,
-        *,
-        offset: bool = True,
-    ) -> Record:
-        start = self._start(slice(self.n, None), offset)
-        predicted = model.predict(kernel[self.n :], **start)
+    def _classified(self, name: str, model: Any) -> Record:
+        """Choose a regularisation, fit on the training examples, score on test."""
+        kernel = self._form(self.kernels[name]).numpy()
+        parameter, method, chosen = CLASSIFIERS[type(model)]
+        selection = None
+        if self.folds:
+            result = cross_fit(
+                [fold.fold(self._form(fold.kernels[name])) for fold in self.folds],
+                self.train,
+                judge=_accuracy,
+                method=method,
+                offset=bool(self._start(slice(0), method)),
+            )
+            model.set_params(**{parameter: result.regularisation})
+            selection = result.score
+        train, test = slice(self.n), slice(self.n, None)
+        model.fit(kernel[train], self.train, **self._start(train, method))
+        if not self.folds:
+            selection = getattr(model, chosen)
+        predicted = model.predict(kernel[test], **self._start(test, method))
         return {
             "accuracy": float((predicted == self.test).mean()),
-            "regularisation": float(regularisation),
-            "selection": None if selection is None else float(selection),
+            "regularisation": float(getattr(model, f"{parameter}_")),
+            "selection": selection,
+            "correct": [(predicted == self.test).astype(int).tolist()],
         }
 
-    def _start(self, rows: slice, wanted: bool) -> dict[str, Array]:
-        if self.offset is None or not wanted:
+    def _start(self, rows: slice, method: Method) -> dict[str, Array]:
+        """Return the model's outputs where a classifier is to start from them."""
+        if self.offset is None or method == "svm":
             return {}
         return {"offset": self.offset[rows]}
+
+
+def _accuracy(outputs: Array, labels: NDArray[Any]) -> float:
+    return float((outputs.argmax(axis=1) == labels).mean())
 
 
 def _mean_std(values: Sequence[float]) -> dict[str, float]:

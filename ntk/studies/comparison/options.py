@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from ntk.kernels import Implementation, Kind
 from ntk.studies.options import FewShotOptions, KernelGroup, KernelModelOptions
-from rocoft.commands import Strategy, option
+from rocoft.commands import Strategy, option, positive
 from rocoft.training import OutputOptions
 
 
@@ -94,6 +94,15 @@ class CompareKernelOptions(KernelGroup):
         False,
         "print what would be computed in which pass, what it would hold and about how "
         "long it would take, and compute nothing",
+    )
+    folds: int = option(
+        2,
+        "folds of the training examples where the head was fitted to them: "
+        "regularisations are chosen, and alignment is measured, on examples of a fold "
+        "under a head that was fitted without it; each costs a pass over the training "
+        "examples",
+        metavar="K",
+        parse=positive,
     )
     offset: bool = option(
         False, "classifiers start from the model's own outputs instead of zero"

@@ -4,25 +4,24 @@ The kernels have training and test examples as rows and training examples as col
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ntk.gradients import evaluating, logits
 from ntk.kernels import ApproximateKernel, KernelResult, check_entries, reference_model
-from ntk.scale import Computation, Plan, held
+from ntk.scale import Computation, Plan, Resources, held, kernels
 from ntk.spaces import Space
 from ntk.studies.comparison.measurement import Measurement
 from ntk.studies.comparison.subject import Comparison
-from ntk.studies.encoding import EncodedSplit
+from ntk.studies.encoding import EncodedSplit, own_outputs
+from ntk.studies.folds import HeldOut, held_out
 from rocoft.commands import Progress
-from rocoft.models import Architecture, Backbone, order_of_place
+from rocoft.models import Architecture, order_of_place
 
 Array = NDArray[np.float64]
 Record = dict[str, Any]
@@ -63,6 +62,7 @@ def evaluate(
     compared: Comparison,
     computation: Computation,
     *,
+    folds: "Folds | None" = None,
     offset: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -71,13 +71,16 @@ def evaluate(
     Args:
         compared: The model, the examples and the spaces.
         computation: The computed kernels.
+        folds: Kernels of the training examples under heads that were fitted without
+            some of them, where the head has seen their labels.
         offset: Whether classifiers start from the model's own outputs.
         progress: Called after each space.
 
     Returns:
         The record and the kernels.
     """
-    watch = _Stopwatch({"kernels": computation.seconds})
+    folds = folds or Folds()
+    watch = _Stopwatch({"kernels": computation.seconds + folds.seconds})
     backbone, split, module = (
         compared.backbone,
         compared.split,
@@ -88,24 +91,15 @@ def evaluate(
     options, result = compared.options, computation.result
     plan, kept = computation.plan, computation.cache
     estimate = compared.estimated(result)
-    outputs = _outputs(backbone, data)
-    exact = {name: spaces[name] for name in roles}
+    outputs = own_outputs(backbone, data)
     if estimate is not None:
-        result.sizes["full"] = _size(exact.pop("full"), architecture)
-    kernels = {k: data.in_split_order(v) for k, v in result.kernels.items()}
+        result.sizes["full"] = _size(spaces["full"], architecture)
+    ordered = {k: data.in_split_order(v) for k, v in result.kernels.items()}
     with watch("certificate"):
-        reference = reference_model(module, _room(plan, module))
-        copies, room = outputs.shape[1] + GRADIENTS, _room(plan, module)
-        exact = {n: s for n, s in exact.items() if 4 * copies * result.sizes[n] <= room}
-        checks = check_entries(
-            reference,
-            data.batches,
-            exact,
-            result.kernels,
-            options=options,
-            seed=split.seed,
-        )
-    measure = Measurement(data, kernels, options.kind, outputs, offset, split.seed)
+        checks = _worst([_checks(compared, computation), *folds.checks])
+    measure = Measurement(
+        data, ordered, options.kind, outputs, offset, split.seed, folds.entries
+    )
     entries = []
     steps = len(roles)
     for number, (name, role) in enumerate(roles.items()):
@@ -148,6 +142,8 @@ def evaluate(
             "implementation": options.implementation,
             "services": _services(result),
             "with_head": compared.with_head,
+            "folds": len(folds.entries),
+            "head_saw_labels": backbone.fitted_head,
             "offset": offset,
             "estimate": None if estimate is None else _estimate(estimate),
             "processes": computation.processes,
@@ -158,6 +154,7 @@ def evaluate(
             else {"found": kept.parts_found, "problem": kept.problem},
         },
         "f0": {"accuracy": accuracy},
+        "test": [[e.a, e.b, int(e.label)] for e in split.test],
         "spaces": entries,
         "random": random,
         "shuffled": shuffled,
@@ -166,7 +163,92 @@ def evaluate(
         ),
         "timing": watch.seconds,
     }
-    return Evaluation(record, {name: kernels[name] for name in roles})
+    return Evaluation(record, {name: ordered[name] for name in roles})
+
+
+@dataclass
+class Folds:
+    """Kernels under heads that were fitted without a fold of the training examples.
+
+    Attributes:
+        entries: One for each fold.
+        checks: Their spot checks, see `check_entries`.
+        seconds: Wall time of the kernels.
+    """
+
+    entries: list[HeldOut] = field(default_factory=list)
+    checks: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def fold_kernels(
+    compared: Comparison,
+    resources: Resources,
+    *,
+    count: int = 2,
+    progress: Progress | None = None,
+) -> Folds:
+    """Compute the kernels of the training examples under heads fitted without them.
+
+    Args:
+        compared: The model, the examples and the spaces.
+        resources: The memory, disk and processes to use.
+        count: Number of folds.
+        progress: Called as the work goes on.
+
+    Returns:
+        The kernels; empty if the model's head has not seen the labels.
+    """
+    folds, processes = Folds(), resources.processes
+
+    def compute(train: EncodedSplit) -> Mapping[str, Tensor]:
+        work = replace(compared.work, batches=train.batches)
+        computation = kernels(work, resources, progress=progress)
+        compared.estimated(computation.result)
+        if processes is None or processes.is_first:
+            folds.checks.append(_checks(compared, computation))
+        folds.seconds += computation.seconds
+        return computation.result.kernels
+
+    backbone, split, data = compared.backbone, compared.split, compared.data
+    folds.entries = held_out(backbone, split, data, compute, count=count)
+    return folds
+
+
+def _checks(
+    compared: Comparison, computation: Computation
+) -> dict[str, dict[str, Any]]:
+    """Recompute a few entries of each kernel that is exact and small enough."""
+    module, result = compared.backbone.module, computation.result
+    room = _room(computation.plan, module)
+    copies = next(iter(result.kernels.values())).shape[2] + GRADIENTS
+    exact = {
+        name: compared.spaces[name]
+        for name in compared.roles
+        if (name != "full" or compared.approximate is None)
+        and 4 * copies * result.sizes[name] <= room
+    }
+    return check_entries(
+        reference_model(module, room),
+        compared.data.batches,
+        exact,
+        result.kernels,
+        options=compared.options,
+        seed=compared.split.seed,
+    )
+
+
+def _worst(checks: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the checks of several computations as one: all entries, largest error."""
+    return {
+        name: {
+            **check,
+            "entries": sum(each[name]["entries"] for each in checks),
+            "relative_error": max(each[name]["relative_error"] for each in checks),
+        }
+        for name, check in checks[0].items()
+        if all(name in each for each in checks)
+    }
 
 
 def _room(plan: Plan | None, module: nn.Module) -> float:
@@ -174,16 +256,6 @@ def _room(plan: Plan | None, module: nn.Module) -> float:
     if plan is None:
         return float("inf")
     return plan.budget - held(next(module.parameters()).device)
-
-
-def _outputs(backbone: Backbone, data: EncodedSplit) -> Array:
-    """Return the model's outputs ``(n, c)`` less their mean, ordered as the split."""
-    rows = []
-    with evaluating(backbone.module), torch.no_grad():
-        for batch in data.batches:
-            rows.append(logits(backbone.module(**batch)))
-    outputs = torch.cat(rows).double().cpu().numpy()[np.argsort(data.order)]
-    return np.asarray(outputs - outputs.mean(axis=1, keepdims=True))
 
 
 def _services(result: KernelResult) -> dict[str, Any]:

@@ -39,7 +39,7 @@ COLUMNS = (
     ("body %", "body_distance.frobenius_rescaled", 100, ".1f", ""),
     ("cosine", "distance.cosine", 1, ".3f", "cosine"),
     ("CKA", "distance.cka", 1, ".3f", "cka"),
-    ("eff. dim.", "spectrum.effective_dimension", 1, ".1f", "effective_dimension"),
+    ("rank", "spectrum.entropy_rank", 1, ".1f", "entropy_rank"),
     ("align.", "alignment.value", 1, ".3f", "alignment"),
     *((f"{k} %", f"classifiers.{k}.accuracy", 100, ".1f", k) for k in CLASSIFIERS),
 )

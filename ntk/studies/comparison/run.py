@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,24 @@ from rich.console import Console
 
 from ntk.kernels import Estimator, KernelOptions, SamplingEstimator, SketchEstimator
 from ntk.reporting import to_json
-from ntk.scale import Plan, PlanCost, Processes, Work, kernels, plan, save_kernels
+from ntk.scale import (
+    Plan,
+    PlanCost,
+    Processes,
+    Resources,
+    Work,
+    kernels,
+    plan,
+    save_kernels,
+)
 from ntk.spaces import Bias, Columns, Embeddings, LoRA, Norm, Rows, Space, parse_space
 from ntk.studies.comparison import record as records
 from ntk.studies.comparison import report
 from ntk.studies.comparison.findings import summary_lines
 from ntk.studies.comparison.options import CompareOptions
+from ntk.studies.comparison.splits import over_splits
 from ntk.studies.comparison.subject import Comparison
-from rocoft.commands import OptionError, progress_bar, replacing_folder
+from rocoft.commands import OptionError, Progress, progress_bar, replacing_folder
 from rocoft.data import Split, few_shot
 from rocoft.models import Backbone, load_backbone, resolved_device
 from rocoft.training import EMBEDDED, versions
@@ -45,32 +56,73 @@ def run(options: CompareOptions, command: str) -> list[str]:
     spaces = requested_spaces(options)
     approximate = estimator(options.kernels.approximate)
     folder = None if options.kernels.plan else _folder(options)
-    start = time.perf_counter()
-    given, group = options.model, options.kernels
-    device = resolved_device(given.device)
-    processes = Processes.launched(device)
+    processes = Processes.launched(resolved_device(options.model.device))
     helps = processes is not None and not processes.is_first
     silent = options.output.silent or helps
-    split = _split(options)
-    if not silent and given.model is None:
+    if not silent and options.model.model is None:
         print("model: embedded MiniLM-L6; name another with --model")  # noqa: T201
+    task, evaluations = options.task.load(), []
+    for number in range(options.task.splits):
+        start = time.perf_counter()
+        seed = options.task.seed + number
+        split = few_shot(task, options.task.shots, options.task.test_size, seed)
+        compared = _subject(options, split, spaces, approximate, processes)
+        if not silent:
+            print("\n".join(_opening(split, compared.backbone, number, options)))  # noqa: T201
+        loaded = time.perf_counter() - start
+        resources = replace(
+            options.kernels.resources(options.output.cache_folder), processes=processes
+        )
+        if folder is None:
+            planned = plan(compared.work, resources)
+            if not helps:
+                _show_plan(compared.work, planned, processes, options.output.json)
+            return []
+        with progress_bar(silent) as progress:
+            evaluation = _evaluated(compared, resources, options, progress)
+        if evaluation is not None:
+            timing = evaluation.record["timing"]
+            evaluation.record["timing"] = {"load": loaded, **timing}
+            evaluations.append(evaluation)
+    if helps or folder is None:
+        return []
+    record = {
+        "version": importlib.metadata.version("rocoft-ntk"),
+        "command": command,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions("numpy", "scikit-learn"),
+        **over_splits([evaluation.record for evaluation in evaluations]),
+    }
+    with replacing_folder(folder) as part:
+        report.write_report(record, part)
+        save_kernels(part / KERNELS, evaluations[0].kernels, _header(record))
+    _show(record, folder, options)
+    return []
+
+
+def _subject(
+    options: CompareOptions,
+    split: Split,
+    spaces: Sequence[Space],
+    approximate: Estimator | None,
+    processes: Processes | None,
+) -> Comparison:
+    """Return what is compared on one split."""
+    given, group = options.model, options.kernels
+    device = resolved_device(given.device)
     backbone = load_backbone(
         given.model,
         split,
         readout=given.readout,
         head=given.head_init,
-        seed=options.task.seed,
+        seed=split.seed,
         max_length=given.max_length,
         device=device if processes is None else str(processes.device),
         dtype=getattr(torch, given.dtype),
         load_in=given.load_in,
         offload=given.offload,
     )
-    if not silent:
-        for line in _opening(split, backbone):
-            print(line)  # noqa: T201
-    loaded = time.perf_counter() - start
-    compared = Comparison.of(
+    return Comparison.of(
         backbone,
         split,
         spaces,
@@ -83,34 +135,25 @@ def run(options: CompareOptions, command: str) -> list[str]:
             implementation=group.implementation,
         ),
     )
-    resources = replace(
-        group.resources(options.output.cache_folder), processes=processes
+
+
+def _evaluated(
+    compared: Comparison,
+    resources: Resources,
+    options: CompareOptions,
+    progress: Progress | None,
+) -> records.Evaluation | None:
+    """Compute and measure the kernels of one split; None in a helping process."""
+    group, processes = options.kernels, resources.processes
+    computation = kernels(compared.work, resources, progress=progress)
+    folds = records.fold_kernels(
+        compared, resources, count=group.folds, progress=progress
     )
-    if folder is None:
-        planned = plan(compared.work, resources)
-        if not helps:
-            _show_plan(compared.work, planned, processes, options.output.json)
-        return []
-    with progress_bar(silent) as progress:
-        computation = kernels(compared.work, resources, progress=progress)
-        if helps:
-            return []
-        evaluation = records.evaluate(
-            compared, computation, offset=group.offset, progress=progress
-        )
-    record = {
-        "version": importlib.metadata.version("rocoft-ntk"),
-        "command": command,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions("numpy", "scikit-learn"),
-        **evaluation.record,
-    }
-    record["timing"] = {"load": loaded, **record["timing"]}
-    with replacing_folder(folder) as part:
-        report.write_report(record, part)
-        save_kernels(part / KERNELS, evaluation.kernels, _header(record))
-    _show(record, folder, options)
-    return []
+    if processes is not None and not processes.is_first:
+        return None
+    return records.evaluate(
+        compared, computation, folds=folds, offset=group.offset, progress=progress
+    )
 
 
 def requested_spaces(options: CompareOptions) -> list[Space]:
@@ -170,11 +213,6 @@ def estimator(text: str | None) -> Estimator | None:
         raise OptionError(f"--approximate {text}: {error}") from None
 
 
-def _split(options: CompareOptions) -> Split:
-    given = options.task
-    return few_shot(given.load(), given.shots, given.test_size, given.seed)
-
-
 def _folder(options: CompareOptions) -> Path:
     model = EMBEDDED if options.model.model is None else Path(options.model.model).name
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -216,11 +254,17 @@ def _show(record: dict[str, Any], folder: Path, options: CompareOptions) -> None
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _opening(split: Split, backbone: Backbone) -> list[str]:
-    task = split.task
+def _opening(
+    split: Split, backbone: Backbone, number: int, options: CompareOptions
+) -> list[str]:
+    """Return what is said of a split before it is computed: all of the first one."""
+    task, count = split.task, options.task.splits
+    which = f"split {number + 1} of {count}, " if count > 1 else ""
     lines = [
-        f"task: {task.name} ({task.source}), {len(split.train)} training and "
-        f"{len(split.test)} test examples, labels {', '.join(task.labels)}",
-        f"readout: {backbone.readout}",
+        f"task: {task.name} ({task.source}), {which}{len(split.train)} training and "
+        f"{len(split.test)} test examples, labels {', '.join(task.labels)}"
     ]
-    return lines + [f"note: {note}" for note in backbone.notes]
+    if number == 0:
+        lines += [f"readout: {backbone.readout}"]
+        lines += [f"note: {note}" for note in backbone.notes]
+    return lines

@@ -21,6 +21,7 @@ from ntk.classifiers.agreement import (
     margins,
     mcnemar,
     mean_ratio,
+    paired_difference,
     predictions,
 )
 from ntk.measures.distance import UndefinedError
@@ -358,3 +359,40 @@ def test_bad_numbers_are_refused():
 def test_scores_without_a_ratio_are_refused(kernel, tuned, message):
     with pytest.raises(ValueError, match=message):
         mean_ratio(kernel, tuned)
+
+
+# ---------------------------------------------------------------- paired differences
+
+
+def test_the_paired_error_of_one_split_is_that_of_the_differences():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(2, size=(2, 1, 40))
+    mean, error = paired_difference(a, b)
+    differences = [int(x) - int(y) for x, y in zip(a[0], b[0], strict=True)]
+    assert mean == pytest.approx(np.mean(differences))
+    assert error == pytest.approx(np.std(differences, ddof=1) / 40**0.5)
+    assert paired_difference(a, a) == (0.0, 0.0)
+
+
+def test_the_paired_error_of_several_splits_is_that_of_fresh_ones():
+    """Splits and examples have effects of their own, and every pair has noise."""
+    rng = np.random.default_rng(0)
+    k, n, estimates, means = 5, 60, [], []
+    for _ in range(2000):
+        table = rng.normal(size=(k, 1)) + rng.normal(size=n) + rng.normal(size=(k, n))
+        mean, error = paired_difference(table, 0 * table)
+        means.append(mean)
+        estimates.append(error**2)
+    expected = 1 / k + 1 / n + 1 / (k * n)
+    assert np.var(means) == pytest.approx(expected, rel=0.1)
+    assert np.mean(estimates) == pytest.approx(expected, rel=0.1)
+    apart = [
+        paired_difference(t := rng.normal(size=(k, n)), 0 * t, crossed=False)[1] ** 2
+        for _ in range(2000)
+    ]
+    assert np.mean(apart) == pytest.approx(1 / (k * n), rel=0.1)
+
+
+def test_paired_differences_are_of_the_same_examples():
+    with pytest.raises(ValueError, match=r"shape \(1, 2\) and `second` \(2, 1\)"):
+        paired_difference([[1, 0]], [[1], [0]])

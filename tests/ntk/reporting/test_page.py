@@ -2,6 +2,7 @@ import io
 import json
 import math
 import re
+import statistics
 
 import pytest
 from pages import Page
@@ -43,7 +44,7 @@ def space(name, label, role, parameters, difference, accuracy, **others):
         "spectrum": {
             "trace": sum(eigenvalues),
             "largest_eigenvalue": eigenvalues[0],
-            "effective_dimension": 21.25 - 10 * difference,
+            "entropy_rank": 21.25 - 10 * difference,
             "numerical_rank": 40,
             "decay_exponent": NAN,
         },
@@ -51,7 +52,12 @@ def space(name, label, role, parameters, difference, accuracy, **others):
         "cumulative_power": [1 - (1 - difference) / (i + 1) for i in range(40)],
         "alignment": {"value": 0.31, "null_mean": 0.02, "null_std": 0.01},
         "classifiers": {
-            "ridge": {"accuracy": accuracy, "regularisation": 0.1, "selection": 0.7},
+            "ridge": {
+                "accuracy": accuracy,
+                "regularisation": 0.1,
+                "selection": 0.7,
+                "correct": [[int(i < 200 * accuracy) for i in range(200)]],
+            },
             "logistic": {"accuracy": NAN, "regularisation": None, "selection": NAN},
             "svm": None,
         },
@@ -162,7 +168,7 @@ def test_rows_hold_the_numbers_of_the_record(record):
         "body %": "30.8",
         "cosine": f"{math.sqrt(1 - 0.123**2):.3f}",
         "CKA": "0.857",
-        "eff. dim.": "20.0",
+        "rank": "20.0",
         "align.": "0.310",
         "ridge %": "71.0",
     }
@@ -199,27 +205,30 @@ def test_the_table_fits_a_hundred_columns(record):
     assert "…" not in text
     assert text.count("7,241,732,096") == 5
     assert text.count("100.0") >= 10
-    assert "[bold]" in re.sub(r"\s+", "", "".join(line[:22] for line in lines))
+    assert "[bold]" in re.sub(r"\s+", "", "".join(line[:24] for line in lines))
 
 
 def test_the_sentence_of_a_requested_space(record):
-    p, q, m = 0.71, 0.705, 200
-    noise = 2 * (p * (1 - p) / m + q * (1 - q) / m) ** 0.5 * 100
+    # 142 and 141 examples are right: the classifiers differ on one of 200.
+    differences = [1] + [0] * 199
+    error = 100 * statistics.stdev(differences) / math.sqrt(200)
     assert summary_lines(record)[0] == (
         "The kernel over 3 rows (0.33 % of the parameters) differs from the full "
         "kernel by 12 % (Frobenius, best scale; 31 % without the head's block) and "
-        "its ridge classifier is 0.5 points above it (71.0 % against 70.5 %, 200 test "
-        f"examples: differences under {noise:.1f} points are within two standard "
-        "errors)."
+        "its ridge classifier is 0.5 points above it (71.0 % against 70.5 %; paired "
+        f"standard error {error:.1f}, one split, 200 test examples: within two "
+        "standard errors)."
     )
 
 
 def test_a_difference_beyond_noise_is_called_that(record):
     line = summary_lines(record)[1]
     assert "LoRA of rank 8" in line
-    noise = 200 * math.sqrt((0.45 * 0.55 + 0.705 * 0.295) / 200)
+    differences = [1] * 51 + [0] * 149
+    error = 100 * statistics.stdev(differences) / math.sqrt(200)
     assert "25.5 points below it" in line
-    assert f"above {noise:.1f} points are beyond two standard errors" in line
+    assert f"paired standard error {error:.1f}, one split" in line
+    assert "beyond two standard errors" in line
 
 
 def test_equal_accuracies_are_said_to_be_equal(record):
@@ -269,7 +278,7 @@ def test_an_asymmetric_kernel_has_no_distances(record):
         one |= {"distance": None, "body_distance": None, "spectrum": None}
     assert "no distance to the full kernel" in summary_lines(record)[0]
     titles, _ = rows({**record, "random": []})
-    assert not {"diff %", "cosine", "eff. dim."} & set(titles)
+    assert not {"diff %", "cosine", "rank"} & set(titles)
 
 
 def test_markdown_escapes_and_keeps_the_table(record):
