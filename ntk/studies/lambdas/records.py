@@ -182,6 +182,9 @@ def _record(protocol: Protocol, cell: Cell, training: Training) -> Record:
             dropout=False,
             keep="last",
             anchor=training.anchor,
+            # Both models have the same rate, so that it need not be the best one, and
+            # plain gradient descent is stable at the given ones.
+            extensions=0,
             **more,
         )
         return result.model, result.record
