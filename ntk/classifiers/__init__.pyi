@@ -1,7 +1,8 @@
-from .agreement import Interval, RatioSummary, kappa, margin_correlation, mean_ratio
+from .agreement import Interval, kappa, margin_correlation
 from .asymmetric import AsymmetricRidgeClassifier
 from .estimators import KernelLogisticRegression, KernelRidgeClassifier, KernelSVC
 from .logistic import logistic_path
+from .ratios import RatioSummary, ratio_of_means, ratio_over_seeds, recovery
 from .tuning import Method, Tuned, tune
 
 __all__ = [
@@ -13,12 +14,15 @@ __all__ = [
     "tune",
     # agreement
     "Interval",
-    "RatioSummary",
     "kappa",
     "margin_correlation",
-    "mean_ratio",
     # logistic
     "logistic_path",
+    # ratios
+    "RatioSummary",
+    "ratio_of_means",
+    "ratio_over_seeds",
+    "recovery",
     # tuning
     "Method",
     "Tuned",
