@@ -153,7 +153,7 @@ def ratio_over_seeds(
         ValueError: If the scores are not pairs, or a fine-tuning score is not above 0.
 
     Example:
-        >>> ratio_over_seeds([0.72, 0.76], [0.8, 0.8]).mean
+        >>> round(ratio_over_seeds([0.72, 0.76], [0.8, 0.8]).mean, 3)
         0.925
     """
     ours, theirs = _pairs(kernel, tuned, 2)
