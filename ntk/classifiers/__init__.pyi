@@ -1,15 +1,14 @@
 from .agreement import (
     Interval,
-    RatioSummary,
     kappa,
     margin_correlation,
-    mean_ratio,
     paired_difference,
 )
 from .asymmetric import AsymmetricRidgeClassifier
 from .crossfit import CrossFitted, Fold, cross_fit
 from .estimators import KernelLogisticRegression, KernelRidgeClassifier, KernelSVC
 from .logistic import logistic_path
+from .ratios import RatioSummary, ratio_of_means, ratio_over_seeds, recovery
 from .tuning import Method, Tuned, tune
 
 __all__ = [
@@ -22,16 +21,19 @@ __all__ = [
     "cross_fit",
     # agreement
     "Interval",
-    "RatioSummary",
     "kappa",
     "margin_correlation",
-    "mean_ratio",
     "paired_difference",
     # crossfit
     "CrossFitted",
     "Fold",
     # logistic
     "logistic_path",
+    # ratios
+    "RatioSummary",
+    "ratio_of_means",
+    "ratio_over_seeds",
+    "recovery",
     # tuning
     "Method",
     "Tuned",

@@ -9,7 +9,7 @@ Every function raises `NumericalError` for NaN or Inf and `ValueError` for a sha
 number that does not fit; `Raises` lists only further errors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,12 @@ from ntk.measures import Array, UndefinedError, as_array
 
 __all__ = [
     "Interval",
-    "RatioSummary",
     "agreement",
     "bootstrap_difference",
     "kappa",
     "margin_correlation",
     "margins",
     "mcnemar",
-    "mean_ratio",
     "paired_difference",
     "predictions",
 ]
@@ -59,34 +57,6 @@ class Interval:
     high: float
     level: float
     draws: int
-
-
-@dataclass(frozen=True)
-class RatioSummary:
-    """Kernel score divided by fine-tuning score, over seeds.
-
-    Attributes:
-        mean: Mean ratio.
-        standard_error: Standard error of the mean over seeds.
-        low: Lower end of the t interval of the mean.
-        high: Upper end of the t interval of the mean.
-        level: Coverage of the interval.
-        threshold: Ratio to reach.
-        reached: Whether the mean is at least the threshold.
-        p_value: One-sided t-test of the null hypothesis that the true mean is at most
-            the threshold.
-        seeds: Number of pairs.
-    """
-
-    mean: float
-    standard_error: float
-    low: float
-    high: float
-    level: float
-    threshold: float
-    reached: bool
-    p_value: float
-    seeds: int
 
 
 def predictions(outputs: ArrayLike) -> Labels:
@@ -314,63 +284,6 @@ def mcnemar(first: ArrayLike, second: ArrayLike, labels: ArrayLike) -> float:
     if discordant == 0:
         return 1.0
     return float(scipy.stats.binomtest(only_first, discordant).pvalue)
-
-
-def mean_ratio(
-    kernel: Sequence[float],
-    tuned: Sequence[float],
-    *,
-    threshold: float = 0.9,
-    level: float = 0.95,
-) -> RatioSummary:
-    """Return the mean over seeds of kernel score / fine-tuning score.
-
-    A kernel "solves" a task if it reaches 90 % of the fine-tuning score (Malladi et al.
-    2023). Scores are paired by seed, since both learn from the same split. The interval
-    is the t interval of the ratios with seeds - 1 degrees of freedom: a handful of
-    seeds is too few to resample; logarithms would exclude scores of zero and hardly
-    differ for ratios near one.
-
-    Args:
-        kernel: One score per seed, at least 2.
-        tuned: Fine-tuning scores of the same seeds, above 0.
-        threshold: Ratio to reach.
-        level: Coverage of the interval, in (0, 1).
-
-    Raises:
-        ValueError: If the scores are not pairs, or a fine-tuning score is not above 0.
-    """
-    ours, theirs = as_array(kernel, "kernel"), as_array(tuned, "tuned")
-    if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) < 2:
-        raise ValueError(
-            f"`kernel` has shape {ours.shape} and `tuned` {theirs.shape}; expected one "
-            "score of each per seed, at least two of them to have a spread."
-        )
-    if not (theirs > 0).all():
-        raise ValueError(
-            f"`tuned` has the score {theirs.min():.3g}; expected scores above 0, else "
-            "a ratio says nothing. Compare differences instead."
-        )
-    _check_level(level)
-    ratios = ours / theirs
-    mean, error = float(ratios.mean()), float(scipy.stats.sem(ratios))
-    if (ratios == ratios[0]).all():
-        mean, error = float(ratios[0]), 0.0
-    t = scipy.stats.t(len(ratios) - 1)
-    half = float(t.ppf((1 + level) / 2)) * error
-    # SciPy's t-test has no value without a spread; equal ratios leave no doubt.
-    p_value = t.sf((mean - threshold) / error) if error else mean <= threshold
-    return RatioSummary(
-        mean=mean,
-        standard_error=error,
-        low=mean - half,
-        high=mean + half,
-        level=level,
-        threshold=threshold,
-        reached=mean >= threshold,
-        p_value=float(p_value),
-        seeds=len(ratios),
-    )
 
 
 def _outputs(values: ArrayLike, name: str) -> Array:

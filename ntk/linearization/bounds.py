@@ -16,8 +16,15 @@ and at the minimisers, with D = ||theta* - theta0|| and the residual r* there,
 
     ||theta* - theta_lin|| <= (B D ||r*|| + ||J_0|| B D^2 / 2) / s + ||g|| / lambda,
 
-where g is the objective's remaining gradient if training has not converged. In both
-cases
+where g = 2 rho J*' r* + lambda (theta* - theta0) is the objective's remaining gradient
+if training has not converged. The same equation, divided by lambda, bounds the
+movement: theta* - theta0 = (g / (2 rho) - J*' r*) / s, so
+
+    D <= (L ||r*|| + ||g|| / (2 rho)) / s.
+
+It assumes nothing about the descent. An objective at theta* of at most that at theta0,
+rho ||r*||^2 + (lambda / 2) D^2 <= rho ||r0||^2, gives D <= ||r0|| / sqrt(s) besides.
+In both cases
 
     ||f - f_lin|| <= ||J_0|| ||theta - theta_lin|| + B D^2 / 2 = O(lambda^-2).
 
@@ -139,8 +146,9 @@ def flow_bounds(
         strength: lambda, at least 0.
         time: t; infinite for bounds that hold at all times and in the limit.
         scale: rho, see `ntk.linearization.closed_form.loss_scale`; the paper uses 1.
-        along_path: Whether the constants are known to hold at every point of the
-            fine-tuning and between these and theta0; then it need not stay in the ball.
+        along_path: Whether the constants were measured along the fine-tuning itself and
+            between its points and theta0; then it need not stay in the ball. Constants
+            measured on the line to its end are not.
 
     Returns:
         The bounds.
@@ -199,6 +207,14 @@ def minimiser_bounds(
 ) -> MinimiserBounds:
     """Return bounds at the minimisers of the squared objectives.
 
+    Without ``movement`` the objective at theta* must be at most that at theta0, and the
+    constants must hold in the ball of radius ||r0|| / sqrt(s), s = lambda / (2 rho). By
+
+        2 rho J*' r* + lambda (theta* - theta0) = g        (the gradient at theta*)
+        ||theta* - theta0|| <= (L ||r*|| + ||g|| / (2 rho)) / s,
+
+    and D is the smaller of the two.
+
     Args:
         constants: L, B and ||J_0||, which hold within their radius of theta0.
         residual: ||r0|| = ||f0(X) - Y||.
@@ -206,7 +222,8 @@ def minimiser_bounds(
         movement: Measured ||theta* - theta0||; None means its bound.
         final_residual: ||r*|| = ||f(X) - Y|| at theta*; None means ||r0||, an upper
             bound if the objective is below its initial value.
-        gradient: Norm of the objective's gradient at theta*, 0 at a stationary point.
+        gradient: ||g||, norm of the objective's gradient at theta*, 0 at a stationary
+            point.
         scale: rho, see `ntk.linearization.closed_form.loss_scale`; 1/2 for the loss
             ||f - Y||^2 / 2.
 
@@ -224,10 +241,11 @@ def minimiser_bounds(
     at_most = residual / math.sqrt(ridge) if ridge else math.inf
     farthest = at_most if movement is None else movement
     moved, radius, B = farthest, constants.radius, constants.jacobian
-    if movement is None and ridge:
-        # Within the ball theta* - theta0 = J' r / s gives a second bound.
-        moved = min(at_most, constants.outputs * residual / ridge)
     last_residual = residual if final_residual is None else final_residual
+    if movement is None and ridge:
+        # Within the ball the gradient at theta* gives a second bound.
+        pull = constants.outputs * last_residual + gradient / (2 * scale)
+        moved = min(at_most, pull / ridge)
     remainder, distance = B * moved**2 / 2, math.inf
     if ridge:
         distance = (B * moved * last_residual + constants.start * remainder) / ridge

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ntk.classifiers import ratio_of_means, recovery
+
 Record = dict[str, Any]
 Row = dict[str, Any]
 Array = NDArray[np.float64]
@@ -121,6 +123,33 @@ def across(rows: Iterable[Row], *path: str) -> Row:
         "standard_error": standard_error(values),
         "tasks": list(by_task),
     }
+
+
+def ratio_across(rows: Iterable[Row], above: str, below: str, less: str = "") -> Row:
+    """Return the ratio of the means of two fields over tasks.
+
+    Args:
+        rows: One row per task; those without one of the fields are left out.
+        above: Field of the numerator.
+        below: Field of the denominator.
+        less: Field that is subtracted from both; empty for none.
+
+    Returns:
+        The ratio as ``"mean"``, its standard error by the jackknife over tasks, and the
+        tasks.
+    """
+    names = [name for name in (above, below, less) if name]
+    known = [row for row in rows if None not in [row.get(name) for name in names]]
+    ratio: Row = {"mean": None, "standard_error": None}
+    if known:
+        columns = {name: [row[name] for row in known] for name in names}
+        if less:
+            result = recovery(columns[less], columns[above], columns[below])
+        else:
+            result = ratio_of_means(columns[above], columns[below])
+        values = {"mean": result.estimate, "standard_error": result.standard_error}
+        ratio = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    return {**ratio, "tasks": [row["task"] for row in known]}
 
 
 def standard_error(values: Sequence[float]) -> float | None:

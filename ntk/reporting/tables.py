@@ -7,7 +7,7 @@ comparable; its label gives their number.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ntk.reporting.scores import Row, across
+from ntk.reporting.scores import Row, across, ratio_across
 from ntk.reporting.text import escape
 from ntk.reporting.values import DASH
 
@@ -98,7 +98,9 @@ def by_task(
 
     Args:
         tasks: Tasks in order; those without any number are left out.
-        columns: Columns by title; those without any number are left out.
+        columns: Columns by title; those without any number are left out. A row's
+            ``"mark"`` follows its number. Ratios hold their terms as ``"kernel"`` and
+            ``"tuned"``: over tasks the ratio is that of the means of these.
         formats: One format for all columns, or one per title.
         seeds: Number of seeds; a mean over fewer is followed by their count.
         error_of_mean: Whether means over tasks show a standard error.
@@ -129,7 +131,7 @@ def by_task(
         error = "standard_error" if error_of_mean else ""
         cells = [
             write(
-                across([column[task] | {"task": task} for task in complete], "mean"),
+                _over([column[task] | {"task": task} for task in complete]),
                 by_title[title]._replace(error=error),
             )
             for title, column in known.items()
@@ -223,7 +225,15 @@ def _cell(row: Row | None, fmt: Format, seeds: int) -> str:
     text = write(row, fmt)
     values = (row or {}).get("values", [])
     count = sum(value is not None for value in values)
-    return f"{text} ({count})" if 0 < count < seeds else text
+    text = f"{text} ({count})" if 0 < count < seeds else text
+    return text + (row or {}).get("mark", "")
+
+
+def _over(rows: Sequence[Row]) -> Row:
+    """Return the mean over tasks, or the ratio of the means."""
+    if all({"kernel", "tuned"} <= row.keys() for row in rows):
+        return ratio_across(rows, "kernel", "tuned")
+    return across(rows, "mean")
 
 
 def _has(row: Row) -> bool:

@@ -9,6 +9,7 @@ from ntk.scale import Resources, parse_bytes
 from rocoft.commands import Bits, OptionError, option, positive
 from rocoft.data import DEFAULT_TASK, HUB, SCORED_HUB
 from rocoft.training import (
+    EXTENSIONS,
     ModelOptions,
     OutputOptions,
     TaskOptions,
@@ -223,7 +224,9 @@ class FineTuningOptions:
     )
     lrs: tuple[str, ...] = option(
         (),
-        "learning rates of a method to choose from on dev, such as rows:3=1e-3,3e-3",
+        "learning rates of a method to choose from on dev, such as rows:3=1e-3,3e-3; "
+        f"if the best of several is at an end, up to {EXTENSIONS} beyond it are tried "
+        "too, and one that stays at an end is marked",
         metavar="METHOD=LR,LR",
         shown="three of each method's own",
     )

@@ -12,7 +12,7 @@ from ntk.studies.folder import Cell, Record
 from ntk.studies.protocol import Array, Protocol, ScoredSplit, description
 from rocoft.data import Split
 from rocoft.models import Backbone, merged
-from rocoft.training import FineTuned, fine_tune
+from rocoft.training import End, FineTuned, fine_tune, grid_end
 
 DIGITS = 6
 """Decimals of the outputs in a record."""
@@ -47,6 +47,26 @@ def tuned_on(
     )
 
 
+def rate_end(record: Record) -> End | None:
+    """Return the end of its grid at which the learning rate of a record is.
+
+    Args:
+        record: Record of fine-tuning, also one from before `scores_of` wrote the end.
+
+    Returns:
+        The end; None for a rate inside the grid, for a single rate, and for a rate that
+        another one inside the grid equals on dev.
+    """
+    if "rate_at_end" in record:
+        end: End | None = record["rate_at_end"]
+        return end
+    scores = {
+        float(rate): None if dev is None else dev[record["metric"]]
+        for rate, dev in record.get("grid", {}).items()
+    }
+    return grid_end(scores)
+
+
 def scores_of(tuned: FineTuned) -> Record:
     """Return the fields of a record that every fine-tuned model has.
 
@@ -54,7 +74,7 @@ def scores_of(tuned: FineTuned) -> Record:
         tuned: The fine-tuned model.
     """
     record = tuned.record
-    names = ("test", "dev", "learning_rate", "steps", "parameters")
+    names = ("test", "dev", "learning_rate", "rate_at_end", "steps", "parameters")
     return {
         **{name: record[name] for name in names},
         "grid": {f"{r['learning_rate']:g}": r["dev"] for r in record["learning_rates"]},
@@ -92,10 +112,14 @@ def repeated_records(
         methods: The method alone.
 
     Returns:
-        The record.
+        The record, with the end of the grid at which the rate was there.
     """
     rates = [] if chosen["learning_rate"] is None else [chosen["learning_rate"]]
-    return [_record(protocol, cell, method, rates) for method in methods]
+    end = rate_end(chosen)
+    return [
+        {**_record(protocol, cell, method, rates), "rate_at_end": end}
+        for method in methods
+    ]
 
 
 def rounded_outputs(outputs: Array) -> list[list[float]]:

@@ -1,4 +1,5 @@
 from .anchor import Anchor
+from .grid import EXTENSIONS, End, grid_end
 from .groups import (
     EMBEDDED,
     ModelOptions,
@@ -23,6 +24,10 @@ __all__ = [
     "Anchor",
     # methods
     "LEARNING_RATES",
+    # grid
+    "EXTENSIONS",
+    "End",
+    "grid_end",
     # groups
     "EMBEDDED",
     "ModelOptions",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,13 @@ def restore_final_state(trainer: Trainer, checkpoint: str, *, best: bool) -> Non
     name = f"checkpoint-{state.best_global_step}" if best else path.name
     state.best_model_checkpoint = str(path.with_name(name))
     trainer._load_best_model()
+
+
+@contextlib.contextmanager
+def search_folder(folder: Path | None) -> Iterator[Path]:
+    """Yield the folder of a search: the given one, or a temporary one if None."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rocoft-") as temporary:
+        yield Path(temporary) / "search"

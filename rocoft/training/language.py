@@ -31,13 +31,13 @@ from rocoft.data import (
     text_scores,
 )
 from rocoft.models import DATA_STRATEGIES, allow_padding, length_limit, load_pretrained
+from rocoft.training.checkpoints import search_folder
 from rocoft.training.methods import LEARNING_RATES, Method, apply_method, parse_method
 from rocoft.training.search import (
     OrderedTrainer,
     TrainingError,
     TrainingJob,
     search,
-    search_folder,
     seeded_generators,
 )
 from rocoft.training.trainer import (
@@ -136,7 +136,8 @@ def fine_tune_language(
         method: The method, or its text as in `rocoft.training.methods`. The output
             layer is trained only by ``full`` and, if it is not tied to the embeddings,
             by ``head``.
-        lrs: Peak learning rates; None means those of `methods.LEARNING_RATES`.
+        lrs: Peak learning rates; None means those of `methods.LEARNING_RATES`. Of
+            several, the best may be at an end: then rates beyond it are tried too.
         arguments: Arguments of transformers' `TrainingArguments` by name, over those of
             `search.PROTOCOL`.
         patience: Evaluations without a new best on dev after which training stops;

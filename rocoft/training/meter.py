@@ -1,4 +1,4 @@
-"""The cost of a training: seconds per step and peak memory."""
+"""The cost and progress of a training: seconds per step, peak memory, steps."""
 
 import resource
 import statistics
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from rocoft.commands import Progress
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -81,3 +83,14 @@ def peak_memory(device: torch.device) -> int:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+class ShowProgress(TrainerCallback):
+    """Reports every step."""
+
+    def __init__(self, label: str, progress: Progress) -> None:
+        self.label, self.progress = label, progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report a step."""
+        self.progress(self.label, state.global_step, state.max_steps)

@@ -13,6 +13,7 @@ from rocoft.commands import (
     option,
     positive,
 )
+from rocoft.training.grid import EXTENSIONS
 from rocoft.training.groups import ModelOptions, OutputOptions, TaskOptions, file_name
 
 
@@ -90,7 +91,8 @@ class TrainingOptions:
 
     lr: tuple[float, ...] = option(
         (),
-        "peak learning rates to try, the best on dev counts",
+        "peak learning rates to try, the best on dev counts; if that is the lowest or "
+        f"highest of several, up to {EXTENSIONS} beyond it are tried too",
         metavar="RATE",
         shown="three that suit the method",
         parse=above_zero,

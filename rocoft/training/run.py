@@ -278,6 +278,11 @@ def summary(record: Mapping[str, Any]) -> list[str]:
             f"learning rate {run['learning_rate']:g}: dev {record['metric']} {score}, "
             f"{run['steps']} steps{', chosen' if chosen else ''}"
         )
+    if end := record.get("rate_at_end"):
+        lines.append(
+            f"note: the chosen learning rate is the {end} of those tried; beyond it "
+            "there may be a better one"
+        )
     if record.get("seconds_per_step") is not None:
         lines.append(f"time: {record['seconds_per_step']:.3f} s a step (median)")
     if record.get("peak_memory_bytes") is not None:

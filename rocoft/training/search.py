@@ -1,5 +1,8 @@
 """Search over learning rates: one training for each, the best on dev is kept.
 
+Where the best of several rates is at an end of their grid, the grid is extended, see
+`rocoft.training.grid`.
+
 All training is done by transformers' Trainer. Progress is on disk: a search that was
 killed and is started again with the same settings continues at its last checkpoint and
 ends with the same weights, bit for bit.
@@ -10,7 +13,6 @@ import hashlib
 import json
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,9 @@ from rocoft.training.checkpoints import (
     only_trained_is_saved,
     restore_final_state,
 )
-from rocoft.training.meter import Meter, peak_memory, reset_peak_memory
+from rocoft.training.grid import EXTENSIONS, End, best_rate, grid_end, next_rate
+from rocoft.training.history import finite, history, metrics_at
+from rocoft.training.meter import Meter, ShowProgress, peak_memory, reset_peak_memory
 from rocoft.training.methods import trained_parameters
 
 Keep = Literal["best", "last"]
@@ -133,14 +137,17 @@ class SearchResult:
     Attributes:
         model: The chosen model, in evaluation mode.
         trainer: Its Trainer, which predicts without computing metrics.
-        runs: One record for each learning rate, in the order given.
+        runs: One record for each learning rate, in the order given, then those that
+            were added.
         best: The record of the chosen one.
+        end: The end of the grid at which the chosen one is; None if it is inside.
     """
 
     model: nn.Module
     trainer: Trainer
     runs: list[dict[str, Any]]
     best: dict[str, Any]
+    end: End | None
 
 
 def search(
@@ -153,9 +160,13 @@ def search(
     folder: Path,
     resume: bool,
     keep: Keep = "best",
+    extensions: int = EXTENSIONS,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Train with each learning rate and take the best on dev; ties go to the first.
+    """Train with each learning rate and take the best on dev.
+
+    While the best rate of several is at an end of the grid (`grid.grid_end`), the next
+    rate beyond it is trained too.
 
     Args:
         job: The training job.
@@ -168,6 +179,8 @@ def search(
             removed unless it is resumed.
         resume: Continue the search in the folder.
         keep: Which weights of a training are kept, and scored on dev.
+        extensions: Rates that are added beyond each end, at most. A single rate is
+            never extended.
         progress: Called at every step.
 
     Returns:
@@ -188,6 +201,7 @@ def search(
     settings = {
         "name": job.name,
         "rates": list(rates),
+        "extensions": extensions,
         "arguments": dict(arguments),
         "patience": patience,
         "keep": keep,
@@ -201,37 +215,40 @@ def search(
     trainer_arguments = lambda rate: _arguments(
         job, rate, arguments, seed, folder / f"lr-{rate:g}", keep
     )
-    runs = []
-    for rate in rates:
+    runs: dict[float, dict[str, Any]] = {}
+    scores: dict[float, float | None] = {}
+
+    def train(rate: float) -> None:
         file = folder / f"lr-{rate:g}.json"
         if not file.is_file():
             _train(job, trainer_arguments(rate), patience, file, progress)
-        runs.append(json.loads(file.read_text()))
-    finite = [run for run in runs if run["dev"] is not None]
-    if not finite:
+        runs[rate] = json.loads(file.read_text())
+        dev = runs[rate]["dev"]
+        scores[rate] = None if dev is None else dev[job.primary_metric]
+
+    for rate in rates:
+        train(rate)
+    left = {"lowest": extensions, "highest": extensions}
+    while (end := grid_end(scores)) and left[end]:
+        if (beyond := next_rate(scores, end)) is None:
+            break
+        left[end] -= 1
+        train(beyond)
+    best = best_rate(scores)
+    if best is None:
         raise TrainingError(
             f"training diverged with every learning rate of {list(rates)}: the outputs "
             "were not finite. Give lower ones with --lr."
         )
-    best = max(finite, key=lambda run: run["dev"][job.primary_metric])
-    rate = best["learning_rate"]
     with seeded_generators(seed):
         model = job.build()
-        trainer = _trainer(job, model, trainer_arguments(rate))
-    _load_weights(model, load_file(folder / f"lr-{rate:g}.safetensors"))
+        trainer = _trainer(job, model, trainer_arguments(best))
+    _load_weights(model, load_file(folder / f"lr-{best:g}.safetensors"))
     model.eval()
     trainer.compute_metrics = None
-    return SearchResult(model, trainer, runs, best)
-
-
-@contextlib.contextmanager
-def search_folder(folder: Path | None) -> Iterator[Path]:
-    """Yield the folder of a search: the given one, or a temporary one if None."""
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="rocoft-") as temporary:
-        yield Path(temporary) / "search"
+    return SearchResult(
+        model, trainer, list(runs.values()), runs[best], grid_end(scores)
+    )
 
 
 @contextlib.contextmanager
@@ -252,16 +269,6 @@ def seeded_generators(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-class _ShowProgress(TrainerCallback):
-    """Reports every step."""
-
-    def __init__(self, label: str, progress: Progress) -> None:
-        self.label, self.progress = label, progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress(self.label, state.global_step, state.max_steps)
 
 
 def _begin_or_check(folder: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -383,7 +390,7 @@ def _train(
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))
     if progress is not None:
-        callbacks.append(_ShowProgress(f"lr {options.learning_rate:g}", progress))
+        callbacks.append(ShowProgress(f"lr {options.learning_rate:g}", progress))
     folder = Path(str(options.output_dir))
     checkpoint, best = last_checkpoint(folder), options.load_best_model_at_end
     with seeded_generators(options.seed):
@@ -397,7 +404,7 @@ def _train(
             else:
                 output = trainer.train(resume_from_checkpoint=checkpoint)
                 loss = output.training_loss
-            if not best and not _metrics_at(trainer, trainer.state.global_step):
+            if not best and not metrics_at(trainer, trainer.state.global_step):
                 trainer.evaluate()
     weights = {
         name: parameter.detach().cpu().contiguous()
@@ -406,7 +413,7 @@ def _train(
     with replacing(record_file.with_suffix(".safetensors")) as part:
         save_file(weights, part)
     state = trainer.state
-    dev = _metrics_at(trainer, state.best_global_step if best else state.global_step)
+    dev = metrics_at(trainer, state.best_global_step if best else state.global_step)
     if dev is not None and dev[job.primary_metric] is None:
         dev = None  # The outputs were not finite.
     record = {
@@ -414,41 +421,15 @@ def _train(
         "dev": dev,
         "steps": state.global_step,
         "epochs": state.epoch,
-        "train_loss": _finite(loss),
+        "train_loss": finite(loss),
         "seconds_per_step": meter.seconds,
         "steps_timed": len(meter.times),
         "peak_memory_bytes": peak_memory(job.device),
         "peak_memory_is_of_this_training": peak_was_reset,
-        "history": _history(trainer),
+        "history": history(trainer),
     }
     write_text(record_file, json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _history(trainer: Trainer) -> list[dict[str, Any]]:
-    """Return the metrics of every evaluation, in order."""
-    log = trainer.state.log_history
-    return [_metrics(entry) for entry in log if "eval_loss" in entry]
-
-
-def _metrics_at(trainer: Trainer, step: int | None) -> dict[str, Any] | None:
-    """Return the metrics of the evaluation at a step, if there was one."""
-    return next((e for e in _history(trainer) if e["step"] == step), None)
-
-
-def _metrics(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the step and the metrics of one evaluation."""
-    timings = ("runtime", "samples_per_second", "steps_per_second")
-    metrics = {
-        key.removeprefix("eval_"): _finite(value)
-        for key, value in entry.items()
-        if key.startswith("eval_") and not key.endswith(timings)
-    }
-    return {"step": entry["step"], **metrics}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -26,6 +26,8 @@ from rocoft.commands import Progress
 from rocoft.data import Example, Split, metric_names, scores
 from rocoft.models import DATA_STRATEGIES, Architecture, Backbone, fit_probe, logits
 from rocoft.training.anchor import Anchor, anchored
+from rocoft.training.checkpoints import search_folder
+from rocoft.training.grid import EXTENSIONS
 from rocoft.training.methods import (
     LEARNING_RATES,
     Method,
@@ -40,7 +42,6 @@ from rocoft.training.search import (
     TrainingError,
     TrainingJob,
     search,
-    search_folder,
     seeded_generators,
 )
 
@@ -85,6 +86,7 @@ def fine_tune(
     keep: Keep = "best",
     anchor: Anchor | None = None,
     wrap: Callable[[nn.Module], nn.Module] | None = None,
+    extensions: int = EXTENSIONS,
     folder: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -99,7 +101,8 @@ def fine_tune(
         split: The examples: ``train`` to learn, ``dev`` to choose learning rate and
             checkpoint by, ``test`` to predict once at the end.
         method: The method, or its text as in `rocoft.training.methods`.
-        lrs: Peak learning rates; None means those of `methods.LEARNING_RATES`.
+        lrs: Peak learning rates; None means those of `methods.LEARNING_RATES`. Of
+            several, the best may be at an end: then rates beyond it are tried too.
         arguments: Arguments of transformers' `TrainingArguments` by name, over those of
             `search.PROTOCOL`.
         patience: Evaluations without a new best on dev after which training stops;
@@ -117,6 +120,8 @@ def fine_tune(
         anchor: Penalty on the distance to the start; None means no penalty.
         wrap: Maps the model, prepared for the method, to the module that is trained in
             its place, such as its linearisation. The record names it by ``__name__``.
+        extensions: Rates that are tried beyond each end of the grid, at most; 0 tries
+            the given ones only. A single rate is never extended.
         folder: Folder for checkpoints, empty or of an earlier search; None means a
             temporary one.
         resume: Continue the search in ``folder``. The weights are equal bit for bit to
@@ -214,6 +219,7 @@ def fine_tune(
             arguments=given,
             patience=patience,
             keep=keep,
+            extensions=extensions,
             seed=seed,
             folder=used_folder,
             resume=resume,
@@ -269,6 +275,7 @@ def search_record(result: SearchResult) -> dict[str, Any]:
     return {
         **{key: result.best[key] for key in keys},
         "learning_rates": result.runs,
+        "rate_at_end": result.end,
         "arguments": result.trainer.args.to_dict(),
         "device": str(result.trainer.args.device),
         "versions": versions(),
@@ -394,6 +401,7 @@ def _probe(
         ),
         "learning_rate": None,
         "learning_rates": [],
+        "rate_at_end": None,
         "steps": 0,
         "versions": versions(),
     }

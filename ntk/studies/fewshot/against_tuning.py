@@ -8,7 +8,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,20 @@ from ntk.classifiers import (
     RatioSummary,
     kappa,
     margin_correlation,
-    mean_ratio,
+    ratio_over_seeds,
 )
 from ntk.classifiers.agreement import agreement
 from ntk.measures import UndefinedError
-from ntk.reporting import Array, Row, outputs, points, score, spread, spreads
+from ntk.reporting import (
+    Array,
+    Row,
+    outputs,
+    points,
+    score,
+    spread,
+    spreads,
+    value_at,
+)
 from ntk.studies.folder import Record
 
 THRESHOLD = 0.9
@@ -46,9 +54,9 @@ def compare(kernels: Mapping[int, Record], tuned: Mapping[int, Record]) -> Row:
         tuned: Records of fine-tuning by seed; at least one seed in common.
 
     Returns:
-        The common ``seeds`` and, over these, the mean scores ``kernel`` and ``tuned``,
-        the ``ratio`` (`agreement.RatioSummary`; None unless all scores of fine-tuning
-        are above 0), the spread ``points`` and its ``interval``
+        The common ``seeds`` and, over these, the mean scores ``kernel``, ``tuned`` and
+        ``f0``, the ``ratio`` of the first two (`ratios.RatioSummary`; None unless all
+        scores of fine-tuning are above 0), the spread ``points`` and its ``interval``
         (`agreement.Interval`), and ``agreement``, ``kappa`` and ``kendall`` as means
         and deviations. Regression has no agreement and no interval.
     """
@@ -63,31 +71,38 @@ def compare(kernels: Mapping[int, Record], tuned: Mapping[int, Record]) -> Row:
         "seeds": seeds,
         "kernel": spread(ours for ours, _ in scores)["mean"],
         "tuned": spread(theirs for _, theirs in scores)["mean"],
-        "ratio": _ratio(scores),
+        "f0": spread(score_of_f0(ours) for ours, _ in both)["mean"],
+        "ratio": ratio_to_tuned(scores),
         "points": spread(points(*pair) for pair in scores),
         "interval": _interval(known, labels, metric),
         **spreads(agreements, AGREEMENTS),
     }
 
 
-def agreement_of_seeds(records: Iterable[Record]) -> float | None:
-    """Return the mean agreement of two seeds of one method on the test examples.
+def score_of_f0(record: Record) -> float | None:
+    """Return the test score of the model before training, by the primary metric.
 
     Args:
-        records: One record per seed.
+        record: The record of a kernel; others do not hold it.
     """
-    known = [o for o in map(outputs, records) if _of_classes(o)]
-    rates = [agreement(first, second) for first, second in combinations(known, 2)]
-    return float(np.mean(rates)) if rates else None
+    return value_at(record, f"f0.test.{record['metric']}")
 
 
-def _ratio(scores: Iterable[tuple[float | None, float | None]]) -> Row | None:
+def ratio_to_tuned(scores: Iterable[tuple[float | None, float | None]]) -> Row | None:
+    """Return the ratio of the mean scores of a kernel and of fine-tuning.
+
+    Args:
+        scores: Both scores for each seed.
+
+    Returns:
+        `ratios.RatioSummary`; None unless all scores of fine-tuning are above 0.
+    """
     known = [(a, b) for a, b in scores if a is not None and b is not None]
     if not known or any(b <= 0 for _, b in known):
         return None
     if len(known) > 1:
         ours, theirs = zip(*known, strict=True)
-        return asdict(mean_ratio(ours, theirs, threshold=THRESHOLD))
+        return asdict(ratio_over_seeds(ours, theirs, threshold=THRESHOLD))
     ((first, second),) = known
     ratio, nan = first / second, math.nan
     reached = ratio >= THRESHOLD

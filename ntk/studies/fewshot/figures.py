@@ -35,8 +35,8 @@ from ntk.studies.fewshot.plots import (
     styles,
     tasks_of,
 )
+from ntk.studies.fewshot.slices import slices
 from ntk.studies.fewshot.summary import Growth, growth_by_sizes
-from ntk.studies.fewshot.tables import slices
 
 COLUMN = 8
 """Maximal number of tasks in one column of panels; more are split into two."""

@@ -4,7 +4,7 @@ The summary holds no times, so an interrupted and resumed study has the same rep
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -24,12 +24,13 @@ from ntk.reporting import (
     what_ran,
     write,
 )
+from ntk.studies.fewshot.slices import Slice, slices
 from ntk.studies.fewshot.summary import FEW_ROWS, collect
 from ntk.studies.fewshot.tables import (
-    Slice,
+    AT_END,
     kernel_scores,
+    recoveries,
     report_tables,
-    slices,
     tuned_scores,
 )
 from ntk.studies.overview import metric_remarks, note_remarks, record_remark
@@ -43,6 +44,7 @@ __all__ = [
 Summary = Mapping[str, Any]
 
 TWO_ERRORS = 2
+SCORED = ": test score in %"
 QUESTION = (
     "Do kernel classifiers score as well as fine-tuning, and does the kernel over a "
     "few rows score as well as the full one?"
@@ -61,7 +63,7 @@ CAPTIONS = {
     ),
     "ratio": (
         "Ratio by task",
-        "Score of each kernel divided by that of full fine-tuning; dashed line: 90 %. "
+        "Mean score of each kernel divided by that of full fine-tuning; dashed: 90 %. "
         "Bars: one standard error over seeds.",
     ),
     "growth": (
@@ -96,8 +98,12 @@ WORDS = {
         "The outputs of the model before training, with a head fitted to the training "
         "examples if the checkpoint has none."
     ),
+    "recovery": (
+        "(kernel - f0) / (fine-tuning - f0), of mean scores: 0 is the model before "
+        "training, 1 is fine-tuning."
+    ),
     "ratio": (
-        "Score of the kernel divided by that of fine-tuning, averaged over seeds."
+        "Mean score of the kernel divided by that of fine-tuning, over seeds or tasks."
     ),
     "kappa": (
         "Cohen's kappa, agreement corrected for chance: 1 for equal predictions, 0 "
@@ -108,7 +114,8 @@ WORDS = {
         "examples easy for both?"
     ),
     "significant": (
-        "A one-sided t-test over seeds rejects a mean ratio of at most 0.9 (p < 0.05)."
+        "A one-sided paired t-test over seeds rejects a ratio of at most 0.9 "
+        "(p < 0.05)."
     ),
     "S": (
         "Kernel distance 1 - cosine of two kernels as vectors: 0 is the same kernel "
@@ -116,22 +123,27 @@ WORDS = {
     ),
 }
 PERCENT = Format(".1f", 100)
+RATIO = Format(".2f", 1, "standard_error")
 POINTS = Format("+.1f", 1, "standard_error")
 
 
 def tables(summary: Summary) -> list[Table]:
-    """Return the scores of kernels and of fine-tuning for a terminal.
+    """Return recovery and the scores of kernels and of fine-tuning for a terminal.
 
     Args:
         summary: The summary that `summary.collect` returns.
 
     Returns:
-        Two tables for each number of shots and kind of kernel; wide ones are split.
+        Three tables for each number of shots and kind of kernel; wide ones are split.
     """
     return [
-        terminal_table(f"{piece.title}, {part.title}: test score in %", piece)
+        terminal_table(f"{piece.title}, {part.title}{unit}", piece)
         for part in slices(summary)
-        for table in (kernel_scores(part), tuned_scores(part))
+        for table, unit in (
+            (recoveries(part), ""),
+            (kernel_scores(part), SCORED),
+            (tuned_scores(part), SCORED),
+        )
         if table.rows
         for piece in parted(narrow(table), WIDTH)
     ]
@@ -162,6 +174,7 @@ def report_page(summary: Summary) -> Page:
 def _answers(summary: Summary) -> Iterator[str]:
     for part in slices(summary):
         for sentence in (
+            _recovery(part),
             _ratio(part),
             _few_rows(part),
             _all_to_full("kernels", part.of_spaces("points_to_full")),
@@ -174,6 +187,24 @@ def _answers(summary: Summary) -> Iterator[str]:
                 yield f"{part.title}: {sentence}"
 
 
+def _recovery(part: Slice) -> str:
+    """Return what of the gain of full fine-tuning the full kernel recovers."""
+    rows = select(part.pairs, space="full", method="full")
+    if not rows or rows[0]["recovery"]["mean"] is None:
+        return ""
+    (row,) = rows
+    recovery, start = (
+        write(row["recovery"], RATIO),
+        write(row["f0_ratio"], Format(".3f", 1, "standard_error")),
+    )
+    tasks = row["recovery"]["tasks"]
+    return (
+        f"the classifier on the full kernel recovers {recovery} of the gain of full "
+        f"fine-tuning over the model before training (f0), which alone has {start} of "
+        f"fine-tuning's score ({_ratio_over(tasks, row['recovery'])})."
+    )
+
+
 def _ratio(part: Slice) -> str:
     """Return the ratio of the full kernel to full fine-tuning."""
     rows = select(part.pairs, space="full", method="full")
@@ -184,7 +215,7 @@ def _ratio(part: Slice) -> str:
     ratio = write(row["ratio"], Format(".3f", 1, "standard_error"))
     text = (
         f"the classifier on the full kernel reaches {ratio} of the score of full "
-        f"fine-tuning ({_over(tasks, row['ratio'])}), at least 90 % of it on "
+        f"fine-tuning ({_ratio_over(tasks, row['ratio'])}), at least 90 % of it on "
         f"{row['reached']} of {len(tasks)}"
     )
     if row["tested"]:
@@ -235,10 +266,6 @@ def _agreement(part: Slice) -> str:
         f"{write(row['kappa'], Format('.2f'))}, Kendall's tau of the margins "
         f"{write(row['kendall'], Format('.2f'))}; {_mean_over(tasks)})"
     )
-    tuned = [r for r in select(part.tuned, method="full") if r["task"] in tasks]
-    seeds = across(tuned, "agreement_of_seeds")
-    if seeds["tasks"] == tasks:
-        text += f", two seeds of full fine-tuning for {write(seeds, PERCENT)} %"
     return f"{text}."
 
 
@@ -291,6 +318,8 @@ def _remarks(summary: Summary) -> Iterator[str]:
         f"points. The seeds {seeds} draw the training and dev examples; deviations are "
         "over these seeds."
     )
+    if any(any(row["rates_at_end"]) for row in summary["tuned"]):
+        yield _at_end(summary["tuned"])
     yield from metric_remarks({row["task"]: row["metric"] for row in summary["tasks"]})
     for row in summary["comparisons"]:
         if row["ratio"] is None and None not in (row["kernel"], row["tuned"]):
@@ -300,6 +329,19 @@ def _remarks(summary: Summary) -> Iterator[str]:
                 "undefined."
             )
     yield from note_remarks(summary, len(summary["splits"]))
+
+
+def _at_end(tuned: Iterable[Row]) -> str:
+    """Return on how many tasks a learning rate is at an end of those tried."""
+    counts: dict[str, list[bool]] = {}
+    for row in tuned:
+        counts.setdefault(row["method"], []).append(any(row["rates_at_end"]))
+    listed = ", ".join(
+        f"{method} {sum(ends)} of {len(ends)}"
+        for method, ends in counts.items()
+        if any(ends)
+    )
+    return f"{AT_END} Tasks and shots where it is, by method: {listed}."
 
 
 def _missing(summary: Summary) -> str:
@@ -343,6 +385,11 @@ def _means(columns: Mapping[str, Column], names: list[str]) -> dict[str, Row]:
 def _over(tasks: list[str], row: Row) -> str:
     error = "" if row["standard_error"] is None else " and standard error"
     return f"mean{error} over {_count(tasks)}"
+
+
+def _ratio_over(tasks: list[str], row: Row) -> str:
+    error = "" if row["standard_error"] is None else ", standard error by the jackknife"
+    return f"ratio of means over {_count(tasks)}{error}"
 
 
 def _mean_over(tasks: list[str]) -> str:

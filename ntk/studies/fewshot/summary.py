@@ -18,6 +18,7 @@ from ntk.reporting import (
     across,
     chosen,
     points,
+    ratio_across,
     results,
     score,
     select,
@@ -25,7 +26,8 @@ from ntk.reporting import (
     spreads,
 )
 from ntk.scale import StorageError
-from ntk.studies.fewshot.against_tuning import AGREEMENTS, agreement_of_seeds, compare
+from ntk.studies.fewshot.against_tuning import AGREEMENTS, compare, score_of_f0
+from ntk.studies.fewshot.reliability import reliability
 from ntk.studies.folder import Key, Record
 from ntk.studies.order import (
     FINE_TUNING,
@@ -36,6 +38,7 @@ from ntk.studies.order import (
     same_parameters,
 )
 from ntk.studies.overview import overview, rounded
+from ntk.studies.tuned import rate_end
 
 Place = tuple[str, int, str, str]
 """Task, shots, kind of kernel or `FINE_TUNING`, and space or method."""
@@ -57,6 +60,7 @@ CHANGES = (
 """Measures of the change of the full kernel by fine-tuning."""
 
 FEW_ROWS = "rows:3"
+HEAD = "head"
 SIGNIFICANT = 0.05
 
 
@@ -80,9 +84,7 @@ def collect(
     Returns:
         ``splits`` (with the score of f0), ``kernels``, ``tuned`` and ``comparisons``
         are rows by task and shots, with spreads and means as in
-        `ntk.reporting.scores`. ``over_tasks`` holds means of the last three.
-        ``answers`` holds the mean ratio of the full kernel to full fine-tuning and
-        the difference in points between a few rows and the full kernel.
+        `ntk.reporting.scores`. What follows from them is that of `derived`.
 
     Raises:
         StorageError: If records of a task have different test examples.
@@ -108,7 +110,6 @@ def collect(
         ],
         "comparisons": _comparisons(kernels, tuned),
     }
-    over_tasks = _over_tasks(rows)
     summary = {
         **overview([key for key, _ in records], there, command, settings),
         "kinds": [kind for kind in KINDS if any(at[2] == kind for at in kernels)],
@@ -117,10 +118,43 @@ def collect(
         "tasks": _tasks(there),
         "splits": _splits(there),
         **rows,
-        "over_tasks": over_tasks,
-        "answers": _answers(over_tasks),
+        **derived(rows),
     }
     return rounded(summary)
+
+
+def derived(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
+    """Return the parts of a summary that follow from its other rows.
+
+    Args:
+        rows: ``kernels``, ``tuned`` and ``comparisons`` of a summary.
+
+    Returns:
+        ``over_tasks``, means of these over tasks; a ratio there is that of the means of
+        its terms, with the standard error of the jackknife over tasks. ``reliability``
+        (`reliability.reliability`) by shots, of all methods and of those but the head.
+        ``answers``: for the full kernel and full fine-tuning the recovery, the ratio of
+        f0 to fine-tuning and that of the kernel, and the difference in points between a
+        few rows and the full kernel.
+    """
+    over_tasks = _over_tasks(rows)
+    return {
+        "over_tasks": over_tasks,
+        "reliability": [
+            {"shots": shots, **row}
+            for shots in sorted({row["shots"] for row in rows["tuned"]})
+            for row in _reliabilities(select(rows["tuned"], shots=shots))
+        ],
+        "answers": _answers(over_tasks),
+    }
+
+
+def _reliabilities(tuned: Sequence[Row]) -> list[Row]:
+    """Return the reliability of all methods, and without the head if there is one."""
+    found = [reliability(tuned)]
+    if any(row["method"] == HEAD for row in tuned):
+        found.append(reliability(tuned, without=[HEAD]))
+    return [row for row in found if row is not None]
 
 
 def growth_by_sizes(rows: Iterable[Row]) -> Growth:
@@ -201,13 +235,31 @@ def _tuned_row(
         "test": spread(map(score, records)),
         "dev": spread((r["dev"] or {}).get(r["metric"]) for r in records),
         "learning_rates": [record["learning_rate"] for record in records],
+        "rates_at_end": _rate_ends(records),
         "steps": [record["steps"] for record in records],
         "points_to_full": _points_to_full(by_seed, full),
-        "agreement_of_seeds": agreement_of_seeds(records),
         "kernel_change": spreads(
             (record.get("kernel_change") or {} for record in records), CHANGES
         ),
     }
+
+
+def _rate_ends(by_seed: Sequence[Record]) -> list[str | None]:
+    """Return for each seed the end of the grid at which its learning rate is.
+
+    A rate that was chosen on another seed's split is alone in the grid of a record; old
+    records do not say where it was there.
+    """
+    ends = [rate_end(record) for record in by_seed]
+    searched = {
+        record["learning_rate"]: end
+        for record, end in zip(by_seed, ends, strict=True)
+        if len(record.get("grid", {})) > 1
+    }
+    return [
+        end if "rate_at_end" in record else searched.get(record["learning_rate"], end)
+        for record, end in zip(by_seed, ends, strict=True)
+    ]
 
 
 def _points_to_full(by_seed: Mapping[int, Record], full: Mapping[int, Record]) -> Row:
@@ -279,10 +331,13 @@ def _of_scores(rows: Sequence[Row]) -> Row:
 
 def _of_pair(rows: Sequence[Row]) -> Row:
     """Return the means of one space and method over their tasks."""
-    ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
+    with_ratio = [row for row in rows if row["ratio"] is not None]
+    ratios = [row["ratio"] for row in with_ratio]
     tested = [ratio for ratio in ratios if math.isfinite(ratio["p_value"])]
     return {
-        "ratio": across(rows, "ratio", "mean"),
+        "recovery": ratio_across(rows, "kernel", "tuned", less="f0"),
+        "f0_ratio": ratio_across(rows, "f0", "tuned"),
+        "ratio": ratio_across(with_ratio, "kernel", "tuned"),
         "reached": sum(ratio["reached"] for ratio in ratios),
         "tested": len(tested),
         "surely_reached": sum(ratio["p_value"] < SIGNIFICANT for ratio in tested),
@@ -296,12 +351,14 @@ def _answers(over_tasks: Mapping[str, list[Row]]) -> list[Row]:
     for shots, kind in dict.fromkeys(pairs):
         where = {"shots": shots, "kind": kind}
         full = {"space": "full", "method": "full"}
-        ratio = select(over_tasks["comparisons"], **where, **full)
+        pair = select(over_tasks["comparisons"], **where, **full)
         few = select(over_tasks["kernels"], **where, space=FEW_ROWS)
         answers.append(
             {
                 **where,
-                "ratio_of_full": ratio[0]["ratio"] if ratio else None,
+                "recovery_of_full": pair[0]["recovery"] if pair else None,
+                "ratio_of_f0": pair[0]["f0_ratio"] if pair else None,
+                "ratio_of_full": pair[0]["ratio"] if pair else None,
                 "few_rows": FEW_ROWS,
                 "points_of_few_rows": few[0]["points_to_full"] if few else None,
             }
@@ -333,7 +390,6 @@ def _splits(records: Sequence[tuple[Key, Record]]) -> list[Row]:
     for (task, shots), by_seed in splits.items():
         seeds = sorted(by_seed)
         of_seeds = [by_seed[seed] for seed in seeds]
-        metric = of_seeds[0]["metric"]
         rows.append(
             {
                 "task": task,
@@ -341,10 +397,7 @@ def _splits(records: Sequence[tuple[Key, Record]]) -> list[Row]:
                 "seeds": seeds,
                 "train": of_seeds[0]["examples"][0],
                 "dev": of_seeds[0]["examples"][1],
-                "f0": spread(
-                    ((r.get("f0") or {}).get("test") or {}).get(metric)
-                    for r in of_seeds
-                ),
+                "f0": spread(map(score_of_f0, of_seeds)),
             }
         )
     return rows

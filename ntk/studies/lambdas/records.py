@@ -9,7 +9,7 @@ the twin uses it too.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -57,6 +57,16 @@ warm-up and decay; SGD has a constant step size and no clipping."""
 
 FRACTIONS = (0.5, 1.0)
 """Fractions of theta - theta0 at which Lipschitz constants are measured."""
+
+PATH = (0.25, 0.5, 0.75, 1.0)
+"""Fractions of the steps of gradient descent after which they are measured too."""
+
+SAME_END = 1e-2
+"""Relative distance of two ends of the same descent, at most: training is in single
+precision."""
+
+
+SELECTIVE = "a selective pull is the gradient of no objective"
 
 
 class Bounded(NamedTuple):
@@ -172,6 +182,9 @@ def _record(protocol: Protocol, cell: Cell, training: Training) -> Record:
             dropout=False,
             keep="last",
             anchor=training.anchor,
+            # Both models have the same rate, so that it need not be the best one, and
+            # plain gradient descent is stable at the given ones.
+            extensions=0,
             **more,
         )
         return result.model, result.record
@@ -229,8 +242,9 @@ def bounds(
     """Return the bounds for squared loss, with measured constants.
 
     The constants are maxima over theta0 and `FRACTIONS` of the line to the fine-tuned
-    weights. The bound at the minimisers accounts for incomplete convergence by the
-    norms of both final gradients.
+    weights. Those of the bounds under flow are maxima over the same fractions of the
+    lines to the points of the descent after `PATH` of its steps. The bound at the
+    minimisers accounts for incomplete convergence by the norms of both final gradients.
 
     Args:
         record: Record of the two trainings, without bounds.
@@ -240,24 +254,31 @@ def bounds(
         labels: ``(n,)`` labels in the order of the batches.
 
     Returns:
-        ``"constants"``, ``"critical_strength"`` (lambda_0), ``"time"`` of the gradient
-        flow that steps of gradient descent follow, and the bounds of `BOUNDED`.
+        ``"constants"``, ``"path_constants"`` (None if training follows no gradient
+        flow), ``"critical_strength"`` (lambda_0), ``"time"`` of the gradient flow that
+        steps of gradient descent follow, and the bounds of `BOUNDED`.
     """
     targets = _one_hot(labels, linear.start(batches))
     residual = float((linear.start(batches).double() - targets).norm())
     left = float((targets.new_tensor(record["outputs"]["tuned"]) - targets).norm())
     strength, scale = record["strength"], loss_scale("mean", len(labels))
-    points = [fraction * delta for fraction in FRACTIONS]
-    constants = exact_lipschitz(linear, batches, points)
+    constants = exact_lipschitz(linear, batches, _on_lines_to([delta]))
+    reason, of_path = _no_flow(record, constants.outputs, scale), None
+    if not reason:
+        path = _descent(record, linear, batches, labels)
+        apart = float((path[-1] - delta).norm())
+        if apart <= SAME_END * float(delta.norm()):
+            of_path = exact_lipschitz(linear, batches, _on_lines_to(path))
+            reason = _no_flow(record, of_path.outputs, scale)
     flows = record["optimizer"] == "sgd"
     span = record["learning_rate"] * record["steps"] if flows else None
     flow = flow_bounds(
-        constants,
+        of_path or constants,
         residual,
         strength,
         time=0.0 if span is None else span,
         scale=scale,
-        along_path=True,
+        along_path=of_path is not None,
     )
     ends = record["states"]
     minimiser = minimiser_bounds(
@@ -278,9 +299,12 @@ def bounds(
         "published_simplified": flow.published_simplified,
         "flow": flow.outputs,
     }
-    reason = _no_flow(record, constants.outputs, scale)
     if reason:
-        bounds_by_name = _all_vacuous(bounds_by_name, reason)
+        # Where there is no flow, it does not matter which ball it would stay in.
+        bounds_by_name = {
+            name: replace(bound, value=None, note=f"vacuous: {reason}")
+            for name, bound in bounds_by_name.items()
+        }
     bounds_by_name["descent"] = from_start.movement
     if ends["tuned"]["objective"] > ends["start"]["objective"]:
         higher = "the objective is above that of the start"
@@ -288,18 +312,52 @@ def bounds(
     bounds_by_name["minimiser"] = minimiser.outputs
     bounds_by_name["parameters"] = minimiser.parameters
     if record["selective"]:
-        reason = "a selective pull is the gradient of no objective"
-        bounds_by_name = _all_vacuous(bounds_by_name, reason)
+        for name in ("descent", "minimiser", "parameters"):
+            bounds_by_name[name] = _vacuous(bounds_by_name[name], SELECTIVE)
     return {
         "constants": asdict(constants),
+        "path_constants": of_path and asdict(of_path),
         "critical_strength": flow.critical_strength,
         "time": span,
         **{name: asdict(bound) for name, bound in bounds_by_name.items()},
     }
 
 
+def _on_lines_to(ends: Sequence[Tensor]) -> list[Tensor]:
+    """Return points on the lines from theta0 to each end."""
+    return [fraction * end for end in ends for fraction in FRACTIONS]
+
+
+def _descent(
+    record: Record, linear: LinearizedModel, batches: Sequence[Batch], labels: Tensor
+) -> list[Tensor]:
+    """Repeat a training by gradient descent, of which only the end was kept.
+
+    All examples are in every step and nothing is random: start, step size and lambda
+    decide the path.
+
+    Returns:
+        The coordinates ``(p,)`` after each part `PATH` of the steps.
+    """
+    steps, places = record["steps"], []
+    at = {max(1, round(fraction * steps)) for fraction in PATH}
+    delta = torch.zeros_like(linear.delta, dtype=torch.float64)
+    for step in range(1, steps + 1):
+        model = linear.at(delta.to(linear.delta))
+        *_, gradient = _objective(
+            *(model, model.start(batches), delta, batches, labels),
+            *(record["loss"], record["strength"]),
+        )
+        delta = delta - record["learning_rate"] * gradient
+        if step in at:
+            places.append(delta.to(linear.delta))
+    return places
+
+
 def _no_flow(record: Record, largest: float, scale: float) -> str:
     """Return why training does not follow gradient flow; empty if it does."""
+    if record["selective"]:
+        return SELECTIVE
     if record["optimizer"] != "sgd":
         return "AdamW follows no gradient flow"
     if record["batch"] < record["examples"][0]:
@@ -314,10 +372,6 @@ def _no_flow(record: Record, largest: float, scale: float) -> str:
             f"{curvature:.3g} are too long to follow a gradient flow"
         )
     return ""
-
-
-def _all_vacuous(bounds: Mapping[str, Bound], reason: str) -> dict[str, Bound]:
-    return {name: _vacuous(bound, reason) for name, bound in bounds.items()}
 
 
 def _vacuous(bound: Bound, reason: str) -> Bound:
@@ -341,17 +395,38 @@ def _states(
     }
     states = {}
     for name, (model, outputs, shift) in places.items():
-        values = outputs.double().requires_grad_()
-        loss = readout_loss(values, labels, training.loss)
-        (cotangent,) = torch.autograd.grad(loss, values)
-        gradient = model.vjp(batches, cotangent).double() + training.strength * shift
-        penalty = training.strength / 2 * float(shift.double().square().sum())
+        loss, objective, gradient = _objective(
+            *(model, outputs, shift, batches, labels),
+            *(training.loss, training.strength),
+        )
         states[name] = {
-            "loss": loss.item(),
-            "objective": loss.item() + penalty,
+            "loss": loss,
+            "objective": objective,
             "gradient": float(gradient.norm()),
         }
     return states
+
+
+def _objective(
+    model: LinearizedModel,
+    outputs: Tensor,
+    shift: Tensor,
+    batches: Sequence[Batch],
+    labels: Tensor,
+    loss: Loss,
+    strength: float,
+) -> tuple[float, float, Tensor]:
+    """Return loss, objective and its gradient ``(p,)`` at a shift of the parameters.
+
+    The model is linearised there, or is the twin, whose Jacobian is the same
+    everywhere.
+    """
+    values = outputs.detach().double().requires_grad_()
+    value = readout_loss(values, labels, loss)
+    (cotangent,) = torch.autograd.grad(value, values)
+    gradient = model.vjp(batches, cotangent).double() + strength * shift
+    penalty = strength / 2 * float(shift.double().square().sum())
+    return value.item(), value.item() + penalty, gradient
 
 
 def _one_hot(labels: Tensor, outputs: Tensor) -> Tensor:

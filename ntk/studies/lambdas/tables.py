@@ -223,10 +223,11 @@ def _bounds(group: Row) -> ReportTable:
         f"{group['task']}, bounds by lambda",
         "Quantity ≤ bound, on the training examples; mean over seeds. Constants are "
         "maxima over the start, the midpoint and the end of the line from initial to "
-        "fine-tuned weights, whose length is the radius in lambda_0. That they hold "
-        "between these points, and for flow along the whole path, is assumed and not "
-        "checked. Published bounds are of the distance to a linear twin without a "
-        "penalty." + ("" if shown else " No bound has its conditions met here."),
+        "fine-tuned weights; for bounds under flow, over the same of the lines to four "
+        "points of the descent, the farthest of which gives the radius in lambda_0. "
+        "That they hold between these points is assumed and not checked. Published "
+        "bounds are of the distance to a linear twin without a penalty."
+        + ("" if shown else " No bound has its conditions met here."),
         ["lambda", "lambda_0", *columns],
         rows,
     )

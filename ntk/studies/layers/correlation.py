@@ -170,7 +170,9 @@ def _correlation(first: Array, second: Array, beyond: Array | None = None) -> Ar
 
 
 def _unit_ranks(values: Array) -> Array:
-    ranks = stats.rankdata(values, axis=1)
+    # Means over splits that are equal may differ by rounding; they are ties.
+    scale = np.abs(values).max(axis=1, keepdims=True, initial=np.finfo(float).tiny)
+    ranks = stats.rankdata(np.round(values / scale / ROUNDING), axis=1)
     return _unit(ranks - ranks.mean(axis=1, keepdims=True))
 
 

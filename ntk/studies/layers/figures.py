@@ -140,7 +140,7 @@ def plot_correlations(
     Args:
         rows: Correlations, see `summary.collect`; bars show the interval of the mean
             over tasks, or of a single task.
-        kind: ``"plain"`` or ``"beyond_size"``.
+        kind: ``"plain"`` or a name of `predictors.CONTROLS`.
         tasks: Names of the tasks in order.
         ax: The axes.
 
@@ -269,7 +269,7 @@ def _draw_correlations(part: Slice) -> Figure:
     tasks = [row["task"] for row in part.rows("noise")]
     figure = _grid_of(9.6, 1.4 + 0.34 * len(PREDICTORS))
     panels = figure.subplots(1, 2, sharey=True)
-    titles = {"plain": "rank correlation", "beyond_size": "beyond the size of the set"}
+    titles = {"plain": "rank correlation", "beyond_depth": "beyond the mean layer"}
     for ax, (kind, title) in zip(panels, titles.items(), strict=True):
         plot_correlations(part.rows("correlations"), kind, tasks, ax)
         ax.set_title(title, fontsize=10)

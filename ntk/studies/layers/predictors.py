@@ -7,6 +7,7 @@ that of the set's own kernel for the effective dimension and the condition numbe
 that they do not depend on scale.
 """
 
+import math
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ class Predictor(NamedTuple):
 
 TARGET_AWARE = "target-aware"
 SIZE = "parameters"
+DEPTH = "mean layer"
+STATIC = "other tasks"
 PREDICTORS = {
     TARGET_AWARE: Predictor(
         1,
@@ -60,8 +63,17 @@ PREDICTORS = {
     ),
     "trace": Predictor(1, "Sum of the eigenvalues: squared norm of the Jacobian."),
     SIZE: Predictor(1, "Number of tuned parameters; needs no kernel."),
+    DEPTH: Predictor(-1, "Mean index of the tuned layers, 0 first; needs no kernel."),
+    STATIC: Predictor(
+        1,
+        "Sum of the effects of the tuned layers on the scores of the other tasks, each "
+        "standardised, by least squares; needs no kernel, but tuned sets elsewhere.",
+    ),
 }
 """Predictors by name, in display order."""
+
+CONTROLS = {"beyond_size": SIZE, "beyond_depth": DEPTH, "beyond_static": STATIC}
+"""The predictors that need no kernel, by the name of the correlations beyond them."""
 
 
 def predictors(
@@ -75,7 +87,7 @@ def predictors(
         epsilon: The ridge in units of the mean eigenvalue.
 
     Returns:
-        Values by the names of `PREDICTORS`.
+        Values by the names of `PREDICTORS` but `STATIC`, which is not of one split.
     """
     gram = kernel_of(kernels, chosen)
     values = spectrum.eigenvalues(gram)
@@ -88,13 +100,14 @@ def predictors(
         "largest eigenvalue": float(values[0]),
         "trace": float(np.trace(gram)),
         SIZE: float(sum(kernels.layers[name].parameters for name in chosen)),
+        DEPTH: sum(map(int, chosen)) / len(chosen) if chosen else math.nan,
     }
     for targets, end in ((r, ""), (kernels.labels, ", labels")):
         fit = RidgeRegression.of(gram, targets, outputs=kernels.outputs)
         measures[TARGET_AWARE + end] = _explained(kernels, fit, epsilon)
         measures["GCV" + end] = fit.gcv(_ridge(kernels, epsilon))
         measures["alignment" + end] = distance.alignment(gram, targets)
-    return {name: measures[name] for name in PREDICTORS}
+    return {name: measures[name] for name in PREDICTORS if name != STATIC}
 
 
 def explained(kernels: LayerKernels, chosen: Collection[str], epsilon: float) -> float:

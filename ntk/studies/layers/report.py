@@ -23,10 +23,11 @@ from ntk.reporting import (
     write,
 )
 from ntk.studies.layers.figures import GOAL
-from ntk.studies.layers.predictors import PREDICTORS
+from ntk.studies.layers.predictors import CONTROLS, PREDICTORS
 from ntk.studies.layers.predictors import TARGET_AWARE as PREDICTED
 from ntk.studies.layers.subsets import RANDOM, TARGET_AWARE
 from ntk.studies.layers.tables import (
+    GIVEN,
     MEAN_POINTS,
     PERCENT,
     RHO,
@@ -63,8 +64,8 @@ CAPTIONS = {
         "Which measure predicts the score",
         "Rank correlation, over sets of layers, of each measure before training with "
         "the test score. (+): larger should be better; (−): smaller should be better. "
-        "Right: partial correlation given the number of parameters. Black: mean over "
-        "tasks with a 95 % bootstrap interval over sets and splits.",
+        "Right: partial correlation given the mean index of the layers. Black: mean "
+        "over tasks with a 95 % bootstrap interval over sets and splits.",
     ),
     "sets": (
         "Target-aware score and test score",
@@ -100,7 +101,7 @@ def tables(summary: Summary) -> list[Table]:
     """
     shown: list[tuple[Slice, ReportTable]] = []
     for part in slices(summary):
-        known = [correlations(part), correlations(part, "beyond_size")]
+        known = [correlations(part), correlations(part, "beyond_depth")]
         if part.verified:
             known.append(scores_of_rules(part))
         if not any(table.rows for table in known):
@@ -149,7 +150,7 @@ def _answers(summary: Summary) -> Iterator[str]:
             _held(part),
             _told(part),
             _best(part, "plain"),
-            _best(part, "beyond_size"),
+            *(_best(part, kind) for kind in CONTROLS),
             *_choices(part),
         ):
             if sentence:
@@ -261,7 +262,7 @@ def _best(part: Slice, kind: str) -> str:
     if not place:
         return ""
     mean = f"mean of {len(tasks)} tasks" if tasks[1:] else tasks[0]
-    given = "" if kind == "plain" else " given the number of parameters"
+    given = "" if kind == "plain" else f" given {GIVEN[kind][0]}"
     return (
         f"the measures that correlate best with the score{given}, in the expected "
         f"direction ({mean}, 95 % interval): {'; '.join(texts)}; the target-aware "

@@ -15,21 +15,16 @@ from ntk.layer_selection import LayerOrder
 from ntk.measures import Array, Bracket, brackets, distance, gram_matrix, spectrum
 from ntk.reporting import Row, across, points, select, spread, standard_error
 from ntk.studies.folder import Key, Record
-from ntk.studies.layers.correlation import (
-    FEWEST,
-    bootstrap,
-    interval,
-    noise,
-    rank_correlation,
-)
+from ntk.studies.layers.correlation import FEWEST, noise, rank_correlation
 from ntk.studies.layers.predictors import (
     PREDICTORS,
-    SIZE,
+    STATIC,
     explained,
     gradient_norm,
     kernel_of,
     predictors,
 )
+from ntk.studies.layers.ranking import TunedSets, add_static, correlated
 from ntk.studies.layers.records import HEAD, LAYERS, LayerKernels
 from ntk.studies.layers.subsets import (
     BASELINES,
@@ -83,7 +78,8 @@ def collect(
         each rule and their scores; ``references``; ``held``, rank correlations of
         predicted drop and score over the chosen sets; ``subsets``, predictors and
         scores of the sets tuned on every split; ``noise`` and ``correlations`` of
-        these. ``correlations`` over all tasks have the task None. ``differences`` are
+        these, also given each of `predictors.CONTROLS`. ``correlations`` over all tasks
+        have the task None. ``differences`` are
         points of the target-aware choice above the others, over tasks.
     """
     there = [(key, record) for key, record in records if record is not None]
@@ -111,8 +107,7 @@ def collect(
             "noise",
         )
     }
-    correlations: list[Row] = []
-    draws: dict[tuple[int, str], list[tuple[Array, Array]]] = defaultdict(list)
+    sets: dict[int, dict[str, TunedSets]] = defaultdict(dict)
     for (task, shots), seeds in groups.items():
         where = {"task": task, "shots": shots}
         results["layers"] += [where | row for row in _layers(seeds, choice)]
@@ -120,31 +115,16 @@ def collect(
         results["rules"] += [where | row for row in _rules(seeds, choice)]
         results["references"] += [where | row for row in _references(seeds, choice)]
         results["held"] += [where | row for row in _held(seeds, choice)]
-        rows, values, scores = _subsets(seeds, choice)
-        results["subsets"] += [where | row for row in rows]
-        if len(rows) < FEWEST:
-            continue
-        means = scores.mean(axis=1)
-        results["noise"].append(
-            {
-                **where,
-                "subsets": len(rows),
-                "splits": scores.shape[1],
-                "least": float(means.min()),
-                "most": float(means.max()),
-                **asdict(noise(scores)),
-            }
-        )
-        size = values[SIZE]
-        for name, predictor in values.items():
-            drawn = bootstrap(predictor, scores), bootstrap(predictor, scores, size)
-            draws[shots, name].append(drawn)
-            rhos = (
-                rank_correlation(predictor, scores),
-                rank_correlation(predictor, scores, size),
-            )
-            correlations.append({**where, **_correlation(name, rhos, drawn)})
-    correlations += _over_tasks(correlations, draws)
+        sets[shots][task] = _subsets(seeds, choice)
+    correlations: list[Row] = []
+    for shots, by_task in sets.items():
+        add_static(by_task)
+        for task, tuned_sets in by_task.items():
+            where = {"task": task, "shots": shots}
+            results["subsets"] += [where | row for row in _rows(tuned_sets)]
+            if len(tuned_sets.layers) >= FEWEST:
+                results["noise"].append(where | _noise(tuned_sets.scores))
+        correlations += [{"shots": shots} | row for row in correlated(by_task)]
     of_kernels = [record for key, record in there if key.kind == LAYERS]
     summary = {
         **overview(
@@ -329,10 +309,8 @@ def _score(seed: _Seed, chosen: Subset, choice: Choice) -> float | None:
     return seed.scores.get(method_of(chosen, choice.space, seed.kernels.layers))
 
 
-def _subsets(
-    seeds: Mapping[int, _Seed], choice: Choice
-) -> tuple[list[Row], dict[str, Array], Array]:
-    """Return rows, predictors and scores of the sets tuned on every split."""
+def _subsets(seeds: Mapping[int, _Seed], choice: Choice) -> TunedSets:
+    """Return the sets tuned on every split, their predictors and scores."""
     splits = list(seeds.values())
     layers = tuple(splits[0].kernels.layers)
     common = set.intersection(*(set(seed.scores) for seed in splits)) - {HEAD}
@@ -347,54 +325,37 @@ def _subsets(
     values = {
         name: np.array([[of_split[name] for of_split in row] for row in measured])
         for name in PREDICTORS
+        if name != STATIC
     }
     scores = np.array(
         [[_score(seed, each, choice) for seed in splits] for each in sets], dtype=float
     )
-    rows = [
+    return TunedSets(sets, values, scores)
+
+
+def _rows(tuned: TunedSets) -> list[Row]:
+    """Return the row of each set."""
+    return [
         {
             "layers": list(each),
-            "score": spread(scores[i].tolist()),
-            "predictors": {n: float(value[i].mean()) for n, value in values.items()},
+            "score": spread(tuned.scores[i].tolist()),
+            "predictors": {
+                n: float(value[i].mean()) for n, value in tuned.predictors.items()
+            },
         }
-        for i, each in enumerate(sets)
+        for i, each in enumerate(tuned.layers)
     ]
-    return rows, values, scores
 
 
-def _correlation(
-    name: str,
-    rhos: tuple[float | None, float | None],
-    draws: tuple[Array, Array],
-) -> Row:
-    """Return a predictor's row; "towards" is positive in the expected direction."""
-    row: Row = {"predictor": name}
-    for key, rho, drawn in zip(("plain", "beyond_size"), rhos, draws, strict=True):
-        ends = interval(drawn)
-        row[key] = {
-            "spearman": rho,
-            "towards": None if rho is None else PREDICTORS[name].sign * rho,
-            "low": ends and ends[0],
-            "high": ends and ends[1],
-        }
-    return row
-
-
-def _over_tasks(
-    rows: Sequence[Row], draws: Mapping[tuple[int, str], Sequence[tuple[Array, Array]]]
-) -> list[Row]:
-    """Return the means over tasks; their intervals treat the tasks as fixed."""
-    over_tasks = []
-    for (shots, name), of_tasks in draws.items():
-        same = [r for r in rows if (r["shots"], r["predictor"]) == (shots, name)]
-        plain, beyond = (
-            _mean(row[key]["spearman"] for row in same)
-            for key in ("plain", "beyond_size")
-        )
-        means = [np.mean(drawn, axis=0) for drawn in zip(*of_tasks, strict=True)]
-        row = _correlation(name, (plain, beyond), (means[0], means[1]))
-        over_tasks.append({"task": None, "shots": shots, **row})
-    return over_tasks
+def _noise(scores: Array) -> Row:
+    means = scores.mean(axis=1)
+    return {
+        "subsets": len(scores),
+        "splits": scores.shape[1],
+        "least": float(means.min()),
+        "most": float(means.max()),
+        **asdict(noise(scores)),
+    }
 
 
 def _differences(rules: Sequence[Row]) -> list[Row]:

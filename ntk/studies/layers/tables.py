@@ -19,7 +19,7 @@ from ntk.reporting import (
     select,
     write,
 )
-from ntk.studies.layers.predictors import PREDICTORS, SIZE
+from ntk.studies.layers.predictors import CONTROLS, PREDICTORS
 from ntk.studies.layers.records import HEAD
 from ntk.studies.layers.summary import ALL
 
@@ -28,6 +28,23 @@ RHO = Format("+.2f")
 FOUR_DIGITS = Format(".4g")
 MEAN_POINTS = Format("+.1f", 1, "standard_error")
 FIELDS = ("layers", "rules", "references", "held", "subsets", "noise", "correlations")
+
+
+GIVEN = {
+    "beyond_size": (
+        "the number of parameters",
+        "since larger sets tend to score higher",
+    ),
+    "beyond_depth": (
+        "the mean index of the layers",
+        "since sets of low layers tend to score higher",
+    ),
+    "beyond_static": (
+        "what layers are worth on the other tasks",
+        "the ranking that needs no kernel of this task",
+    ),
+}
+"""What is held fixed in a partial correlation, and why."""
 
 
 class Slice(ShotsSlice):
@@ -74,7 +91,7 @@ def report_tables(part: Slice) -> list[ReportTable]:
     tables = [
         *([scores_of_rules(part)] if part.verified else []),
         correlations(part),
-        correlations(part, "beyond_size"),
+        *(correlations(part, kind) for kind in CONTROLS),
         _noise(part),
         bounds(part),
         *(layers_of_task(part, task) for task in part.tasks),
@@ -193,15 +210,16 @@ def correlations(part: Slice, kind: str = "plain") -> ReportTable:
 
     Args:
         part: A slice of the summary.
-        kind: ``"plain"``, or ``"beyond_size"`` for the partial correlation.
+        kind: ``"plain"``, or a name of `predictors.CONTROLS` for a partial correlation.
     """
-    beyond = kind != "plain"
+    control = CONTROLS.get(kind)
     tasks = [row["task"] for row in part.rows("noise")]
     several = tasks[1:]
     rows = []
     for name, predictor in PREDICTORS.items():
         found = part.rows("correlations", predictor=name)
-        if not found or (beyond and name == SIZE):
+        known = [row for row in found if row[kind]["spearman"] is not None]
+        if name == control or not known:
             continue
         by_task = {row["task"]: row for row in found}
         shown = [*tasks, *([None] if several else [])]
@@ -212,12 +230,12 @@ def correlations(part: Slice, kind: str = "plain") -> ReportTable:
         "means over splits; in brackets the 95 % bootstrap interval over sets and "
         "splits. The mean is over tasks; its interval is conditional on these tasks."
     )
-    if beyond:
+    if control is not None:
+        what, why = GIVEN[kind]
         return ReportTable(
-            "beyond",
-            "Which measure predicts more than the number of parameters",
-            "Partial rank correlation given the number of parameters, since larger "
-            f"sets tend to score higher; {rest}",
+            kind.replace("_", "-"),
+            f"Which measure predicts more than {what}",
+            f"Partial rank correlation given {what}, {why}; {rest}",
             columns,
             rows,
         )
@@ -225,7 +243,8 @@ def correlations(part: Slice, kind: str = "plain") -> ReportTable:
         "correlations",
         "Which measure predicts the score",
         "Spearman's rank correlation, over sets of layers, of each measure before "
-        f"training with the test score after training; {rest}",
+        "training with the test score after training. The last three need no kernel: "
+        f"a measure is worth what it tells beyond them; {rest}",
         columns,
         rows,
     )
@@ -312,7 +331,7 @@ def _subsets(part: Slice, task: str) -> ReportTable:
         [
             ALL if len(row["layers"]) == depth > 1 else ", ".join(row["layers"]),
             write(row["score"], SCORE),
-            *(number(value, Format(".3g")) for value in row["predictors"].values()),
+            *(number(row["predictors"].get(n), Format(".3g")) for n in PREDICTORS),
         ]
         for row in ranked
     ]

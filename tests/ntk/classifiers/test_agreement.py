@@ -1,14 +1,12 @@
 """Agreement of two classifiers: against loops, by enumeration, and in simulation."""
 
 import itertools
-import json
 import math
 from collections import Counter
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +18,6 @@ from ntk.classifiers.agreement import (
     margin_correlation,
     margins,
     mcnemar,
-    mean_ratio,
     paired_difference,
     predictions,
 )
@@ -256,52 +253,6 @@ def test_mcnemar_by_hand():
     close(mcnemar(right, wrong, labels), 2 / 2**8)
 
 
-# Ratio of kernel and fine-tuning scores, over seeds.
-
-
-def test_mean_ratio_by_hand():
-    kernel, tuned = [0.88, 0.80, 0.90, 0.84, 0.76], [0.8, 0.8, 0.9, 0.8, 0.8]
-    result = mean_ratio(kernel, tuned)
-    ratios = [1.1, 1.0, 1.0, 1.05, 0.95]  # mean 1.02, squares 0.0130
-    close(result.mean, 1.02)
-    close(result.standard_error, math.sqrt(0.0130 / 4 / 5))
-    half = 2.7764451051977987 * math.sqrt(0.0130 / 20)  # t of 4 degrees, 97.5 %
-    close([result.low, result.high], [1.02 - half, 1.02 + half])
-    expected = scipy.stats.ttest_1samp(ratios, 0.9, alternative="greater")
-    close(result.p_value, expected.pvalue, 1e-9)
-    assert result.reached
-    assert result.seeds == 5
-    assert json.loads(json.dumps(asdict(result)))["reached"] is True
-
-
-def test_mean_ratio_below_the_threshold():
-    result = mean_ratio([0.5, 0.6], [1.0, 1.0], threshold=0.8)
-    assert not result.reached
-    assert result.p_value > 0.9
-    assert mean_ratio([0.5, 0.6], [1.0, 1.0], threshold=0.5).reached
-
-
-@pytest.mark.parametrize(("ratio", "p"), [(0.95, 0.0), (0.85, 1.0), (0.9, 1.0)])
-def test_seeds_without_spread_leave_no_doubt(ratio, p):
-    result = mean_ratio([ratio] * 3, [1.0] * 3)
-    assert (result.p_value, result.standard_error) == (p, 0.0)
-    assert result.low == result.high == result.mean
-    assert result.reached == (ratio >= 0.9)
-
-
-def test_interval_and_test_of_the_ratio_hold_what_they_promise():
-    generator = np.random.default_rng(1)
-    covered = rejected = 0
-    for _ in range(2000):
-        tuned = generator.normal(0.8, 0.05, 5)
-        kernel = tuned * generator.normal(0.9, 0.04, 5)
-        result = mean_ratio(kernel, tuned, level=0.9)
-        covered += result.low <= 0.9 <= result.high
-        rejected += result.p_value < 0.05
-    assert covered / 2000 == pytest.approx(0.9, abs=0.02)
-    assert rejected / 2000 == pytest.approx(0.05, abs=0.015)
-
-
 # What is refused.
 
 
@@ -345,20 +296,6 @@ def test_bad_numbers_are_refused():
         bootstrap_difference(*GOOD, level=95)
     with pytest.raises(UndefinedError, match="`metric` is nan on 2 of the examples"):
         bootstrap_difference(*GOOD, metric=lambda outputs, y: float("nan"))
-
-
-@pytest.mark.parametrize(
-    ("kernel", "tuned", "message"),
-    [
-        ([0.9], [0.9], r"`kernel` has shape \(1,\) .* at least two"),
-        ([0.9, 0.8], [0.9], r"and `tuned` \(1,\)"),
-        ([0.9, 0.8], [0.9, 0.0], "`tuned` has the score 0; expected scores above 0"),
-        ([0.9, np.inf], [0.9, 0.9], "`kernel` has 1 of 2 entries"),
-    ],
-)
-def test_scores_without_a_ratio_are_refused(kernel, tuned, message):
-    with pytest.raises(ValueError, match=message):
-        mean_ratio(kernel, tuned)
 
 
 # ---------------------------------------------------------------- paired differences

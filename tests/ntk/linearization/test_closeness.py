@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import BY_NAME
 from dense import gradients
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from torch import nn
@@ -337,6 +337,51 @@ def test_corrected_bounds_hold_at_the_minimisers(
     assert float((d - linear).norm()) <= ahead.parameters.value * (1 + 1e-6) + 1e-12
     gap = float((f - f0 - J0 @ linear).norm())
     assert gap <= ahead.outputs.value * (1 + 1e-6) + 1e-12
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.floats(0.1, 2.0),
+    st.floats(0, 3),
+    st.sampled_from([0.5, 1.0, 0.2]),
+    st.floats(0.1, 1.99),
+)
+@example(3, 4, 3, 1.0, 2.0, 0.5, 1.95)
+def test_bounds_without_the_movement_hold_where_the_gradient_is_not_zero(
+    seed, examples, width, size, log_strength, scale, stop
+):
+    """Before and beyond the minimiser, at an objective below that of the start."""
+    small, strength = Small(seed, examples, 2, width, size), 10.0**log_strength
+    e = stop * (small.minimiser(strength, scale) - small.start)
+    J0, f0 = small.jacobian(small.start), small.f(small.start)
+    f, r0, ridge = small.f(small.start + e), small.y - f0, strength / (2 * scale)
+    gradient = strength * e + 2 * scale * small.jacobian(small.start + e).T @ (
+        f - small.y
+    )
+    assume((f - small.y).square().sum() + ridge * e.square().sum() <= r0 @ r0)
+    on_line = [small.start + s * e for s in np.linspace(0.05, 1, 20)]
+    system = J0 @ J0.T + ridge * torch.eye(examples, dtype=FLOAT)
+    linear = J0.T @ torch.linalg.solve(system, r0)
+    measured = {
+        "movement": e.norm(),
+        "remainder": (f - f0 - J0 @ e).norm(),
+        "parameters": (e - linear).norm(),
+        "outputs": (f - f0 - J0 @ linear).norm(),
+    }
+    for final in (None, float((f - small.y).norm())):
+        bounds = minimiser_bounds(
+            replace(small.constants(on_line), radius=1e9),
+            float(r0.norm()),
+            strength,
+            final_residual=final,
+            gradient=float(gradient.norm()),
+            scale=scale,
+        )
+        for name, value in measured.items():
+            bound = getattr(bounds, name).value
+            assert float(value) <= bound * (1 + 1e-6) + 1e-12, name
 
 
 @given(

@@ -27,6 +27,7 @@ from rocoft.commands.options import OptionError
 from rocoft.data.tasks import PROMPTS, Prompt
 from rocoft.models.pretrained import embedded_folder
 from rocoft.models.readouts import MeanPooled
+from rocoft.training.grid import EXTENSIONS, grid_end
 from rocoft.training.run import summary
 
 QUICK = ["--lr", "1e-2", "--num_train_epochs", "2", "--device", "cpu"]
@@ -88,9 +89,13 @@ def test_a_run_leaves_an_adapter_a_record_and_predictions(asked, place, capsys):
     assert {p.name for p in folder.iterdir()} == names
     assert {f.name for f in folder.rglob("*") if not f.stat().st_mode & 0o044} == set()
     record = json.loads((folder / "results.json").read_text())
-    assert [r["learning_rate"] for r in record["learning_rates"]] == [0.01, 0.03]
+    rates = [r["learning_rate"] for r in record["learning_rates"]]
+    # The best of two is at an end: there are more.
+    assert rates[:2] == [0.01, 0.03]
+    assert 3 <= len(rates) <= 2 + 2 * EXTENSIONS
     dev = {r["learning_rate"]: r["dev"]["accuracy"] for r in record["learning_rates"]}
     assert record["dev"]["accuracy"] == max(dev.values())
+    assert record["rate_at_end"] == grid_end(dev)
     assert dev[record["learning_rate"]] == max(dev.values())
     # Two rows of 6 weights in 2 blocks of 16 inputs, the last of 24; a head of 17 x 2.
     body = 2 * 2 * (5 * 16 + 24)

@@ -32,10 +32,10 @@ from ntk.studies.fewshot.report import (
     report_page,
     tables,
 )
+from ntk.studies.fewshot.slices import slices
 from ntk.studies.fewshot.tables import (
     kernel_scores,
     report_tables,
-    slices,
     tuned_scores,
 )
 from ntk.studies.folder import Cell, Key, Study
@@ -137,6 +137,14 @@ def kernel_record(task, shots, seed, space, kind="sgd"):
     }
 
 
+def grid_of(metric, best):
+    """Return the dev scores of three rates, as records from before their ends were."""
+    return {
+        f"{rate:g}": {"step": 3, metric: 0.75 if rate == best else 0.5}
+        for rate in (1e-4, 1e-3, 1e-2)
+    }
+
+
 def tuned_record(task, shots, seed, method):
     generator = generator_of(task, shots, seed, "tuned", method)
     record = common(task, shots)
@@ -145,6 +153,7 @@ def tuned_record(task, shots, seed, method):
         **predicted(task, generator, 1.3),
         "dev": {"step": 3, record["metric"]: 0.75},
         "learning_rate": 1e-3 if seed == 13 else 1e-4,
+        "grid": grid_of(record["metric"], 1e-3 if seed == 13 else 1e-4),
         "steps": 30,
         "parameters": {"trainable": 10, "head": 1, "without_head": 9, "total": 1000},
         "kernel_change": {
@@ -186,6 +195,17 @@ def kernel(records, task, seed, space, shots=4, kind="sgd"):
 
 def tuned(records, task, seed, method, shots=4):
     return records[Key(Cell(task, shots, seed), "finetune", method)]
+
+
+def ratio_of_sums(pairs):
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+
+
+def jackknife(units, function):
+    """Return the standard error of a function of units, leaving out each."""
+    n = len(units)
+    left = [function(units[:i] + units[i + 1 :]) for i in range(n)]
+    return math.sqrt((n - 1) / n * sum((x - fmean(left)) ** 2 for x in left))
 
 
 def only(rows, **where):
@@ -282,12 +302,7 @@ def test_fine_tuning_is_collected(records, summary):
     change = row["kernel_change"]["distance"]
     assert change["mean"] == pytest.approx(fmean(distances), rel=ROUNDED)
     assert change["deviation"] == pytest.approx(stdev(distances), rel=ROUNDED)
-    outputs = [np.array(tuned(records, "mrpc", s, "bitfit")["outputs"]) for s in SEEDS]
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    expected = fmean(
-        (outputs[i].argmax(1) == outputs[j].argmax(1)).mean() for i, j in pairs
-    )
-    assert row["agreement_of_seeds"] == pytest.approx(expected, rel=ROUNDED)
+    assert row["rates_at_end"] == [None, "lowest", "lowest"]
 
 
 def test_each_space_meets_the_method_of_the_same_parameters_and_full(summary):
@@ -309,11 +324,12 @@ def test_ratio_and_agreement_are_over_the_seeds_in_common(records, summary, task
     ours = [best(kernel(records, task, seed, "bias")) for seed in SEEDS]
     theirs = [tuned(records, task, seed, "bitfit") for seed in SEEDS]
     both = list(zip(ours, theirs, strict=True))
-    ratios = [a["test"][metric] / b["test"][metric] for a, b in both]
-    assert row["ratio"]["mean"] == pytest.approx(fmean(ratios), rel=ROUNDED)
-    error = stdev(ratios) / math.sqrt(3)
+    pairs = [(a["test"][metric], b["test"][metric]) for a, b in both]
+    ratio = ratio_of_sums(pairs)
+    assert row["ratio"]["mean"] == pytest.approx(ratio, rel=ROUNDED)
+    error = jackknife(pairs, ratio_of_sums)
     assert row["ratio"]["standard_error"] == pytest.approx(error, rel=ROUNDED)
-    assert row["ratio"]["reached"] == (fmean(ratios) >= 0.9)
+    assert row["ratio"]["reached"] == (ratio >= 0.9)
     points = [100 * (a["test"][metric] - b["test"][metric]) for a, b in both]
     assert row["points"]["values"] == pytest.approx(points, rel=ROUNDED)
     assert row["interval"]["estimate"] == pytest.approx(fmean(points), rel=ROUNDED)
@@ -403,33 +419,49 @@ def test_one_seed_has_no_spread(records):
     over = only(summary["over_tasks"]["comparisons"], space="full", method="full")
     assert over["tested"] == over["surely_reached"] == 0
     assert "significantly" not in report_page(summary).lines[0]
-    (table, *_) = report_tables(slices(summary)[0])
+    # A ratio over tasks has an error whatever the number of seeds.
+    recovery, table, *_ = report_tables(slices(summary)[0])
     assert "±" not in "".join(cell for row in table.rows for cell in row)
+    assert "±" in recovery.rows[0][2]
+    assert summary["reliability"] == []
 
 
 def test_the_answers_are_means_over_tasks(records, summary):
     (answer,) = summary["answers"]
-    ratios, points = [], []
+    scored, points = [], []
     for task in CLASSES:
         metric = METRICS.get(task, ("accuracy",))[0]
         full = [best(kernel(records, task, s, "full"))["test"][metric] for s in SEEDS]
         few = [best(kernel(records, task, s, "rows:3"))["test"][metric] for s in SEEDS]
         theirs = [tuned(records, task, s, "full")["test"][metric] for s in SEEDS]
-        ratios.append(fmean(a / b for a, b in zip(full, theirs, strict=True)))
+        start = [kernel(records, task, s, "full")["f0"]["test"][metric] for s in SEEDS]
+        scored.append([fmean(start), fmean(full), fmean(theirs)])
         points.append(fmean(100 * (a - b) for a, b in zip(few, full, strict=True)))
-    for values, found in (
-        (ratios, answer["ratio_of_full"]),
-        (points, answer["points_of_few_rows"]),
+    total = lambda rows, i: sum(row[i] for row in rows)
+    gain = lambda rows, i: total(rows, i) - total(rows, 0)
+    recovery = lambda rows: gain(rows, 1) / gain(rows, 2)
+    of_f0 = lambda rows: total(rows, 0) / total(rows, 2)
+    ratio = lambda rows: total(rows, 1) / total(rows, 2)
+    for units, function, found in (
+        (scored, recovery, answer["recovery_of_full"]),
+        (scored, of_f0, answer["ratio_of_f0"]),
+        (scored, ratio, answer["ratio_of_full"]),
+        (points, fmean, answer["points_of_few_rows"]),
     ):
-        assert found["mean"] == pytest.approx(fmean(values), rel=ROUNDED)
-        error = stdev(values) / math.sqrt(3)
+        assert found["mean"] == pytest.approx(function(units), rel=ROUNDED)
+        error = jackknife(units, function)
         assert found["standard_error"] == pytest.approx(error, rel=ROUNDED)
         assert found["tasks"] == list(CLASSES)
-    reached = sum(ratio >= 0.9 for ratio in ratios)
-    first, second, *_ = report_page(summary).lines
-    assert f"reaches {fmean(ratios):.3f} ± " in first
-    assert "mean and standard error over 3 tasks" in first
-    assert f"at least 90 % of it on {reached} of 3" in first
+    reached = sum(row[1] / row[2] >= 0.9 for row in scored)
+    first, control, second, *_ = report_page(summary).lines
+    # Recovery comes first, f0 beside it.
+    assert f"recovers {recovery(scored):.2f} ± " in first
+    assert f"f0), which alone has {of_f0(scored):.3f} ± " in first
+    assert "ratio of means over 3 tasks, standard error by the jackknife" in first
+    assert f"reaches {ratio(scored):.3f} ± " in control
+    assert f"at least 90 % of it on {reached} of 3" in control
+    (table, *_) = report_tables(slices(summary)[0])
+    assert table.rows[0][2].startswith(f"{recovery(scored):.2f} ± ")
     side = "above" if fmean(points) > 0 else "below"
     assert f"rows:3 is {abs(fmean(points)):.1f} ± " in second
     assert f"points {side} the full kernel" in second
@@ -551,7 +583,7 @@ def test_a_regression_has_a_ratio_but_no_classes_to_agree_on():
             classifier |= {"test": {"pearson": 0.4}, "outputs": outputs}
         theirs = tuned_record("stsb", 16, seed, "full") | same
         theirs |= {"test": {"pearson": 0.5}, "outputs": outputs}
-        theirs |= {"dev": {"pearson": 0.3}}
+        theirs |= {"dev": {"pearson": 0.3}, "grid": grid_of("pearson", 1e-3)}
         found |= {Key(cell, "kernel-sgd", "full"): ours}
         found |= {Key(cell, "finetune", "full"): theirs}
     summary = summarised(found)
@@ -632,7 +664,7 @@ def test_wide_tables_are_parted_to_fit_a_terminal():
     assert max(map(len, text.splitlines())) <= 110
     assert "…" not in text
     assert len(tables(summary)) > 2
-    assert sum(line.count("/seed=8") for line in text.splitlines()) == 2
+    assert sum(line.count("/seed=8") for line in text.splitlines()) == 4
     # A ratio stands beside what it is of.
     for table in tables(summary):
         headings = [str(column.header) for column in table.columns]
@@ -659,8 +691,16 @@ def test_every_table_has_numbers_and_a_unique_name(summary):
     (part,) = slices(summary)
     found = report_tables(part)
     assert [table.name for table in found if not table.folded] == [
-        *("kernels", "tuned", "ratios", "rule", "kernels-to-full", "tuned-to-full"),
-        *("controls", "measures", "growth-4-8", "change", "classifiers"),
+        *("recovery", "kernels", "tuned", "ratios", "rule", "reliability"),
+        *(
+            "kernels-to-full",
+            "tuned-to-full",
+            "controls",
+            "measures",
+            "growth-4-8",
+            "change",
+            "classifiers",
+        ),
     ]
     assert [table.name for table in found if table.folded] == [
         *("distances", "change-by-task", "agreement-full", "agreement-rows-3"),
@@ -699,7 +739,8 @@ def test_tables_hold_the_numbers_of_the_summary(summary):
     assert cell("measures", "rows:3", "CKA") == "–"
     assert cell("growth-4-8", "rows:3", "n = 4") == f"{25 * distance:.1f}"
     assert cell("change", "full", "S").startswith(f"{0.001 * fmean(SEEDS):.3g}")
-    assert cell("rates", "head", "0.0001") == "6"
+    # The lowest of three, so that it is marked; the middle one is not.
+    assert cell("rates", "head", "0.0001") == "6†"
     assert cell("rates", "head", "0.001") == "3"
     used = sum(
         row["classifiers"][name]["offset_scale"][i] > 0
@@ -846,3 +887,37 @@ def test_kernel_change_is_drawn_on_a_scale_that_it_fits(least, scale):
     assert ax.get_xscale() == scale
     middle = ax.lines[0].get_xdata()
     assert middle[0] == 0.01
+
+
+def test_rates_at_an_end_are_marked_wherever_they_were_chosen(records):
+    """Old records say it by their grid; a repeated one by that of the first seed."""
+    changed = dict(records)
+    for seed in SEEDS:
+        key = Key(Cell("sst2", 4, seed), "finetune", "full")
+        record = changed[key] | {"learning_rate": 1e-4}
+        alone = {"0.0001": record["dev"]}
+        record["grid"] = grid_of("accuracy", 1e-4) if seed == 13 else alone
+        changed[key] = record
+    row = only(summarised(changed)["tuned"], task="sst2", method="full")
+    assert row["rates_at_end"] == ["lowest"] * 3
+    # A tie with a rate inside is not an end.
+    key = Key(Cell("sst2", 4, 13), "finetune", "full")
+    tied = changed[key]["grid"] | {"0.001": {"accuracy": 0.75}}
+    changed[key] = changed[key] | {"grid": tied}
+    row = only(summarised(changed)["tuned"], task="sst2", method="full")
+    assert row["rates_at_end"] == [None] * 3
+    # A record that says it is believed.
+    changed[key] = changed[key] | {"rate_at_end": "highest"}
+    row = only(summarised(changed)["tuned"], task="sst2", method="full")
+    assert row["rates_at_end"][0] == "highest"
+
+
+def test_a_study_whose_rates_are_inside_has_no_dagger(records, summary):
+    inside = {
+        key: record | ({"rate_at_end": None} if key.kind == "finetune" else {})
+        for key, record in records.items()
+    }
+    for marked, of in ((True, summary), (False, summarised(inside))):
+        text = markdown(report_page(of))
+        assert ("†" in text) == marked
+        assert ("a better one may lie beyond" in text) == marked

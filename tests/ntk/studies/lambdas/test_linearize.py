@@ -31,7 +31,7 @@ from ntk.linearize import main
 from ntk.reporting.page import markdown
 from ntk.spaces.kinds import Full
 from ntk.studies.folder import Cell, Key, Study
-from ntk.studies.lambdas.records import FRACTIONS, Training
+from ntk.studies.lambdas.records import FRACTIONS, Training, bounds
 from ntk.studies.lambdas.report import report_page
 from ntk.studies.lambdas.run import units
 from ntk.studies.lambdas.summary import MEASURES, SLOPES, collect
@@ -227,6 +227,7 @@ def descended(model, batch, labels, strength):
     tuned = copy.deepcopy(model)
     parameters = list(trained_parameters(tuned).values())
     start, delta = flat(parameters), torch.zeros(J.shape[1], dtype=FLOAT)
+    path = []
     for _ in range(STEPS):
         loss = (logits(tuned(**batch)) - y).square().sum() / n
         gradients = torch.autograd.grad(loss, parameters)
@@ -237,10 +238,11 @@ def descended(model, batch, labels, strength):
                 parameters, place.split([p.numel() for p in parameters]), strict=True
             ):
                 p.copy_(piece.view_as(p))
+        path.append(flat(parameters) - start)
         f = f0 + (J @ delta).view_as(f0)
         pull = J.T @ (2 * (f - y) / n).flatten() + strength * delta
         delta = delta - RATE * pull
-    return tuned, flat(parameters) - start, delta
+    return tuned, path, delta
 
 
 @pytest.mark.parametrize("strength", [0.0, 3.0])
@@ -249,7 +251,8 @@ def test_a_record_is_what_gradient_descent_by_hand_comes_to(squared, strength):
     record = squared.records[Key(CELL, "squared", training.name)]
     split, backbone, model = prepared(squared)
     batch, labels = encoded(backbone, split.train)
-    tuned, moved, delta = descended(model, batch, labels, strength)
+    tuned, path, delta = descended(model, batch, labels, strength)
+    moved = path[-1]
     close = lambda found, value: found == pytest.approx(float(value), rel=1e-7)
     for name, examples in (("train", split.train), ("test", split.test)):
         inputs, truth = encoded(backbone, examples)
@@ -296,24 +299,39 @@ def test_a_record_is_what_gradient_descent_by_hand_comes_to(squared, strength):
     assert record["outputs"]["linear"] == pytest.approx(g.numpy(), rel=1e-7)
     assert record["learning_rate"] == RATE
     assert record["steps"] == STEPS
-    _check_bounds(record, model, moved, delta, (batch, y, f0, f, J), strength)
+    _check_bounds(record, model, path, delta, (batch, y, f0, f, J), strength)
 
 
-def _check_bounds(record, model, moved, delta, data, strength):
-    """See that bounds are those of the formulas, and bound."""
-    batch, y, f0, f, J = data
+def _constants(model, ends, J, batch):
+    """Return the constants over the fractions of the lines to some ends."""
     linear = linearize(model, Full())
     norm = lambda rows: float(torch.linalg.matrix_norm(rows, 2))
     tops, slopes = [norm(J)], []
-    for fraction in FRACTIONS:
-        _, there = rows_by_hand(linear.model_at(fraction * moved), batch)
-        tops.append(norm(there))
-        slopes.append(norm(there - J) / float((fraction * moved).norm()))
-    found, D = record["bounds"], float(moved.norm())
-    L, B, r0 = max(tops), max(slopes), float((f0 - y).norm())
-    expected = {"start": tops[0], "outputs": L, "jacobian": B, "radius": D}
-    assert found["constants"] == pytest.approx(expected, rel=1e-7)
-    rho, t = 1 / 8, RATE * STEPS
+    for end in ends:
+        for fraction in FRACTIONS:
+            _, there = rows_by_hand(linear.model_at(fraction * end), batch)
+            tops.append(norm(there))
+            slopes.append(norm(there - J) / float((fraction * end).norm()))
+    radius = max(float(end.norm()) for end in ends)
+    return {
+        "start": tops[0],
+        "outputs": max(tops),
+        "jacobian": max(slopes),
+        "radius": radius,
+    }
+
+
+def _check_bounds(record, model, path, delta, data, strength):
+    """See that bounds are those of the formulas, and bound."""
+    batch, y, f0, f, J = data
+    found, moved = record["bounds"], path[-1]
+    at_end = _constants(model, [moved], J, batch)
+    assert found["constants"] == pytest.approx(at_end, rel=1e-7)
+    places = [path[round(STEPS * fraction) - 1] for fraction in (0.25, 0.5, 0.75, 1)]
+    along = _constants(model, places, J, batch)
+    assert found["path_constants"] == pytest.approx(along, rel=1e-7)
+    start, L, B, D = along.values()
+    r0, rho, t = float((f0 - y).norm()), 1 / 8, RATE * STEPS
     assert found["critical_strength"] == pytest.approx(2 * rho * L * r0 / D, rel=1e-7)
     assert found["time"] == pytest.approx(t)
     value = lambda name: found[name]["value"]
@@ -322,18 +340,19 @@ def _check_bounds(record, model, moved, delta, data, strength):
         for name in ("published", "published_simplified", "descent", "minimiser"):
             assert value(name) is None
             assert "vacuous: it takes lambda > 0" in found[name]["note"]
-        assert float((moved - delta).norm()) <= value("flow") / tops[0]
+        assert float((moved - delta).norm()) <= value("flow") / start
         return
     s = strength / (2 * rho)
     faded = (1 - math.exp(-strength * t)) / s
     b = 2 * L**2 * r0 * (4 * B * r0 * rho / strength + 1)
     assert value("movement") == pytest.approx(faded * L * r0, rel=1e-7)
     assert value("published") == pytest.approx(b * (rho * t - faded / 2), rel=1e-7)
+    B, D = at_end["jacobian"], at_end["radius"]
     left = sum(record["states"][end]["gradient"] for end in ("tuned", "linear"))
-    distance = (B * D * float((f - y).norm()) + tops[0] * B * D**2 / 2) / s
+    distance = (B * D * float((f - y).norm()) + start * B * D**2 / 2) / s
     distance += left / strength
     assert value("parameters") == pytest.approx(distance, rel=1e-7)
-    gap = tops[0] * distance + B * D**2 / 2
+    gap = start * distance + B * D**2 / 2
     assert value("minimiser") == pytest.approx(gap, rel=1e-7)
     assert value("descent") == pytest.approx(r0 / math.sqrt(s), rel=1e-7)
     assert value("movement") >= D
@@ -383,6 +402,22 @@ def test_the_twin_has_the_learning_rate_that_fine_tuning_chose(place):
     assert record["learning_rate"] == max(dev, key=dev.get)
     assert record["selective"] is True
     assert "selective" in next(iter(own.records)).subject
+
+
+def test_constants_of_another_path_say_nothing_of_the_flow(squared):
+    """With another step size the replayed descent ends elsewhere."""
+    training = Training("lora:2", 3.0, "squared", "sgd")
+    record = squared.records[Key(CELL, "squared", training.name)]
+    split, backbone, model = prepared(squared)
+    batch, labels = encoded(backbone, split.train)
+    _, path, _ = descended(model, batch, labels, 3.0)
+    linear = linearize(model, Full())
+    for rate, along in ((RATE, True), (0.5 * RATE, False)):
+        other = {**record, "learning_rate": rate}
+        result = bounds(other, linear, path[-1], [batch], labels)
+        assert (result["path_constants"] is not None) == along
+        assert (result["flow"]["value"] is not None) == along
+    assert "may leave the ball" in result["flow"]["note"]
 
 
 @pytest.mark.usefixtures("unreported")
