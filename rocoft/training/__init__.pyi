@@ -1,6 +1,5 @@
 from .anchor import Anchor
 from .groups import (
-    EMBEDDED,
     ModelOptions,
     OutputOptions,
     TaskOptions,
@@ -24,7 +23,6 @@ __all__ = [
     # methods
     "LEARNING_RATES",
     # groups
-    "EMBEDDED",
     "ModelOptions",
     "OutputOptions",
     "TaskOptions",
