@@ -140,7 +140,7 @@ def _make(folder: Path, file: Path, name: str, origin: dict[str, Any]) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     origin["unread"] = max(0, origin["values"] - parameters)
     try:
-        with _new_folder(folder) as part:
+        with _new_folder(folder) as part, _no_bars():
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             (part / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
@@ -162,8 +162,7 @@ def _read(file: Path, name: str) -> tuple[Any, Any]:
         # Some weights would stay in blocks where there are kernels for them.
         plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        # The bar of the dequantisation obeys no setting.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
             model, info = kind.from_pretrained(
                 file.parent,
@@ -194,6 +193,11 @@ def _read(file: Path, name: str) -> tuple[Any, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
+
+
+def _no_bars() -> contextlib.AbstractContextManager[Any]:
+    """Keep out bars of transformers, of which that of dequantising obeys no setting."""
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 @contextlib.contextmanager
