@@ -17,6 +17,7 @@ from ntk.scale import launched_size
 from ntk.studies.folder import Key, Record, Study, Unit
 from ntk.studies.protocol import Protocol, protocol_of
 from rocoft.commands import OptionError, progress_bar
+from rocoft.models import locate
 from rocoft.training import is_taken
 
 SETTINGS = "settings.json"
@@ -78,6 +79,8 @@ class StudyRun:
         output = options.output
         same = self.protocol(options)
         work = self.units(options, same)
+        if not output.report_only:
+            say_origin(options)
         settings = {**self.settings, **same.settings()}
         study = Study(output.output / output.name)
         if output.overwrite:
@@ -104,6 +107,23 @@ class StudyRun:
         elif not output.quiet:
             _show(self.tables(summary), page, files["html"])
         return failed
+
+
+def say_origin(options: Any) -> None:
+    """Say where a model that is no folder and no Hub id comes from.
+
+    A GGUF file becomes a folder here, before jobs need it at the same time, and one
+    that cannot be read ends the command, not each of its parts.
+
+    Args:
+        options: The command's options.
+
+    Raises:
+        BackboneError: If the model is not where it should be.
+    """
+    for note in locate(options.model.model).notes:
+        if not options.output.silent:
+            print(f"note: {note}")  # noqa: T201
 
 
 def _remove(folder: Path) -> None:

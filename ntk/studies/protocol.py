@@ -51,7 +51,8 @@ class Protocol:
     """Settings that all records of a study share.
 
     Attributes:
-        model: Hub id or local folder; None for the embedded MiniLM.
+        model: Hub id, local folder, GGUF file or an embedded model, see
+            `rocoft.models.locate`; None for the embedded MiniLM.
         data_dir: Folder of the tasks; None for the Hub.
         data: File of one task, instead of named ones; a fifth of its examples is for
             testing.

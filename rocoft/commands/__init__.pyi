@@ -1,4 +1,14 @@
-from .choices import STRATEGIES, Bits, Dtype, Head, Readout, Strategy
+from .choices import (
+    DEFAULT_MODEL,
+    STRATEGIES,
+    Bits,
+    Dtype,
+    EmbeddedModel,
+    Head,
+    Readout,
+    Strategy,
+    embedded_model,
+)
 from .files import differences, replacing, replacing_folder, write_text
 from .main import Command, Group
 from .options import OptionError, above_zero, option, positive
@@ -7,11 +17,14 @@ from .progress import Progress, progress_bar
 __all__ = [
     # choices
     "Bits",
+    "DEFAULT_MODEL",
     "Dtype",
+    "EmbeddedModel",
     "Head",
     "Readout",
     "STRATEGIES",
     "Strategy",
+    "embedded_model",
     # files
     "differences",
     "replacing",

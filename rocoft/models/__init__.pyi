@@ -7,11 +7,12 @@ from .architecture import (
     order_of_place,
 )
 from .backbone import Backbone, allow_padding, length_limit, load_backbone
+from .location import Location, as_given, locate
 from .merging import merged
 from .notation import read, split_term
 from .offloaded import keep_on_host
 from .on_use import LinearOnUse, base_weight
-from .pretrained import EMBEDDED_NAME, load_pretrained, resolved_device
+from .pretrained import load_pretrained, resolved_device
 from .probe import fit_probe, heads_without
 from .quantised import dequantised_on_use
 from .readouts import LabelWords, MeanPooled, Prompted, logits
@@ -35,6 +36,10 @@ __all__ = [
     "fit_probe",
     "heads_without",
     "length_limit",
+    # location
+    "Location",
+    "as_given",
+    "locate",
     # merging
     "merged",
     # notation
@@ -44,7 +49,6 @@ __all__ = [
     "LinearOnUse",
     "base_weight",
     # pretrained
-    "EMBEDDED_NAME",
     "load_pretrained",
     "resolved_device",
     # readouts

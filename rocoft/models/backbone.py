@@ -23,12 +23,11 @@ from transformers import (
 
 from rocoft.commands import Bits, Head, Readout
 from rocoft.data import Example, Prompt, Split
+from rocoft.models.location import locate
 from rocoft.models.offloaded import keep_on_host
 from rocoft.models.pretrained import (
-    EMBEDDED_NAME,
     BackboneError,
     check_device,
-    embedded_folder,
     is_mean_pooled,
     language_model,
     load_pretrained,
@@ -46,7 +45,7 @@ class Backbone:
     """A model that is ready to be called on examples.
 
     Attributes:
-        name: Hub id, local folder, or the name of the embedded model.
+        name: Hub id, local folder or GGUF file, or the title of an embedded model.
         module: Maps a batch of `encode` to ``(n, labels)`` logits, or to an object with
             ``.logits``.
         tokenizer: The tokenizer.
@@ -54,7 +53,7 @@ class Backbone:
         new_head: Whether the classification head was made here.
         prompt: The prompt of a language model.
         max_length: Maximum number of tokens of an example.
-        notes: Remarks for the user: new heads, cut examples.
+        notes: Remarks for the user: origin of the weights, new heads, cut examples.
         fitted_head: Whether the head was fitted to the training examples, so that it
             has seen their labels, see `rocoft.models.probe`.
     """
@@ -167,7 +166,8 @@ def load_backbone(
     """Load a pretrained model with the readout for a task.
 
     Args:
-        model: Hub id or local folder; None means the embedded MiniLM.
+        model: Hub id, local folder, GGUF file or an embedded model, see
+            `rocoft.models.locate`; None means the embedded MiniLM.
         split: The examples; a new head is fitted to the training examples.
         readout: ``"head"``, ``"masked"``, ``"causal"`` or None: label words if the
             checkpoint is a language model and the task has a prompt, else a head.
@@ -187,10 +187,8 @@ def load_backbone(
     Raises:
         BackboneError: If the model cannot be loaded, or lacks the readout.
     """
-    if model is None:
-        path, name = str(embedded_folder()), EMBEDDED_NAME
-    else:
-        path = name = model
+    place = locate(model)
+    path, name = place.path, place.name
     config = load_pretrained(AutoConfig, path, name)
     tokenizer = load_pretrained(AutoTokenizer, path, name)
     prompt = split.task.prompt
@@ -238,6 +236,7 @@ def load_backbone(
     backbone = Backbone(
         *(name, module.eval(), tokenizer, readout, bool(new_names)),
         *(prompt if readout != "head" else None, min(max_length, limit)),
+        notes=[*place.notes],
     )
     if offload:
         backbone.notes.append("weights of linear layers are in the host's memory")

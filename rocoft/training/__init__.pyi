@@ -1,7 +1,6 @@
 from .anchor import Anchor
 from .grid import EXTENSIONS, End, grid_end
 from .groups import (
-    EMBEDDED,
     ModelOptions,
     OutputOptions,
     TaskOptions,
@@ -29,7 +28,6 @@ __all__ = [
     "End",
     "grid_end",
     # groups
-    "EMBEDDED",
     "ModelOptions",
     "OutputOptions",
     "TaskOptions",

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from rocoft.commands import (
+    DEFAULT_MODEL,
     Dtype,
     Head,
     OptionError,
     Readout,
+    embedded_model,
     option,
     positive,
 )
@@ -26,9 +28,6 @@ from rocoft.data import (
     load_task,
     with_prompt,
 )
-
-EMBEDDED = "minilm"
-"""The embedded model in names of results."""
 
 
 def file_name(text: str) -> str:
@@ -70,6 +69,18 @@ def task_name(text: str) -> str:
     return text
 
 
+def model_name(text: str) -> str | None:
+    """Read a model's name; that of the default is none.
+
+    Args:
+        text: The text of a value.
+
+    Returns:
+        The name; None for the default.
+    """
+    return None if embedded_model(text) == DEFAULT_MODEL else text
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is read out."""
@@ -77,7 +88,12 @@ class ModelOptions:
     title: ClassVar[str] = "model"
 
     model: str | None = option(
-        None, "hub id or local folder", metavar="ID", shown="the embedded MiniLM"
+        None,
+        "Hub id, local folder, GGUF file (PATH.gguf; dequantised once, to a cache "
+        "folder) or an embedded model: minilm, smollm2",
+        metavar="ID",
+        shown=DEFAULT_MODEL,
+        parse=model_name,
     )
     readout: Readout | None = option(
         None,
@@ -106,6 +122,12 @@ class ModelOptions:
         metavar="TOKENS",
         parse=positive,
     )
+
+    @property
+    def name(self) -> str:
+        """The model in names of results."""
+        path = Path(self.model or DEFAULT_MODEL)
+        return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
 @dataclass(frozen=True)

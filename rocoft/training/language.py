@@ -30,7 +30,13 @@ from rocoft.data import (
     log_likelihoods,
     text_scores,
 )
-from rocoft.models import DATA_STRATEGIES, allow_padding, length_limit, load_pretrained
+from rocoft.models import (
+    DATA_STRATEGIES,
+    allow_padding,
+    length_limit,
+    load_pretrained,
+    locate,
+)
 from rocoft.training.checkpoints import search_folder
 from rocoft.training.methods import LEARNING_RATES, Method, apply_method, parse_method
 from rocoft.training.search import (
@@ -54,16 +60,18 @@ class LanguageModel:
     """A causal or encoder-decoder language model with its tokenizer.
 
     Attributes:
-        name: Hub id or local folder.
+        name: Hub id, local folder or GGUF file, or the title of an embedded model.
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
         max_length: Maximum number of tokens of an example.
+        notes: Remarks for the user on where the model comes from.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    notes: tuple[str, ...] = ()
 
     @property
     def encoder_decoder(self) -> bool:
@@ -88,7 +96,8 @@ def load_language_model(
     """Load a language model.
 
     Args:
-        model: Hub id or local folder.
+        model: Hub id, local folder, GGUF file or an embedded model, see
+            `rocoft.models.locate`.
         max_length: Maximum number of tokens of an example; the model's own limit if
             that is lower.
         device: Device of the model.
@@ -100,14 +109,16 @@ def load_language_model(
     Raises:
         BackboneError: If it cannot be loaded.
     """
-    config = load_pretrained(AutoConfig, model, model)
-    tokenizer = load_pretrained(AutoTokenizer, model, model)
+    place = locate(model)
+    path, name = place.path, place.name
+    config = load_pretrained(AutoConfig, path, name)
+    tokenizer = load_pretrained(AutoTokenizer, path, name)
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    loaded = load_pretrained(kind, model, model, dtype=dtype).to(device).eval()
+    loaded = load_pretrained(kind, path, name, dtype=dtype).to(device).eval()
     allow_padding(tokenizer, loaded)
     limit = min(max_length, length_limit(config, tokenizer))
-    return LanguageModel(model, loaded, tokenizer, limit)
+    return LanguageModel(name, loaded, tokenizer, limit, place.notes)
 
 
 def fine_tune_language(

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocoft.commands import replacing, write_text
-from rocoft.models import EMBEDDED_NAME, LabelWords, MeanPooled, Prompted
+from rocoft.models import LabelWords, MeanPooled, Prompted, as_given
 from rocoft.training.methods import Method
 from rocoft.training.trainer import FineTuned
 
@@ -180,11 +180,13 @@ def _loading(model: nn.Module, method: Method, record: Mapping[str, Any]) -> str
     else:
         template = _OTHER
     if method.adapter:
-        base, ending = repr(str(record["model"])), _ADAPTER
+        given = as_given(str(record["model"]))
+        base, ending = repr(given), _ADAPTER
         if method.kind == "rocoft":
             imports = "import rocoft  # registers RoCoFT with peft\n"
-        if record["model"] == EMBEDDED_NAME:
-            base = "embedded_folder()"
-            imports += "from rocoft.models.pretrained import embedded_folder\n"
+        if given != record["model"] or given.lower().endswith(".gguf"):
+            # transformers alone knows neither embedded models nor where files are kept.
+            base = f"locate({given!r}).path"
+            imports += "from rocoft.models import locate\n"
     model_code = template.format(base=base, kind=kind, labels=len(record["labels"]))
     return (imports + model_code + ending).rstrip()

@@ -22,7 +22,7 @@ from rocoft.data import (
     split_completions,
 )
 from rocoft.models import load_backbone, resolved_device
-from rocoft.training.groups import EMBEDDED, is_taken, plain
+from rocoft.training.groups import is_taken, plain
 from rocoft.training.language import fine_tune_language, load_language_model
 from rocoft.training.methods import parse_method
 from rocoft.training.options import TrainOptions
@@ -90,8 +90,8 @@ def _begin(options: TrainOptions, device: str) -> Path:
     spec = options.spec()
     parse_method(spec)  # A mistyped one must cost no earlier run.
     given = options.output
-    model = EMBEDDED if options.model.model is None else Path(options.model.model).name
-    name = plain("-".join((model, options.task.name, spec, f"seed{options.task.seed}")))
+    parts = options.model.name, options.task.name, spec, f"seed{options.task.seed}"
+    name = plain("-".join(parts))
     folder = given.output / (given.name or name)
     resolved = {**options.resolved(), "device": device}
     begun = _begun(folder)
@@ -194,7 +194,7 @@ def _tuned_language(
     if given.model is None:
         raise OptionError(
             f"{data!r} holds prompts, which the embedded MiniLM cannot complete. "
-            "Name a language model with --model."
+            "Name a language model with --model, such as the embedded smollm2."
         )
     prompts = split_completions(task.data, seed=task.seed, test_size=task.test_size)
     start = load_language_model(
@@ -210,6 +210,8 @@ def _tuned_language(
             f"{len(prompts.dev)} dev and {len(prompts.test)} test examples\n"
             f"method: {options.spec()}"
         )
+        for note in start.notes:
+            print(f"note: {note}")  # noqa: T201
         examples = [*prompts.train, *prompts.dev, *prompts.test]
         if cut := start.truncated(examples):
             print(  # noqa: T201

@@ -24,6 +24,7 @@ from rocoft.models import (
     length_limit,
     load_backbone,
     load_pretrained,
+    locate,
     resolved_device,
 )
 
@@ -113,7 +114,7 @@ class Cases:
     def _check(self) -> None:
         """Check all cases before any is timed."""
         for name in self.options.timed.more_models:
-            load_pretrained(AutoConfig, name, name)
+            load_pretrained(AutoConfig, locate(name).path, name)
         if self.options.timed.labels and self.backbone.readout != "head":
             raise ValueError(
                 "--labels needs a classification head, but the model is read out at "

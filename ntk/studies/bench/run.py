@@ -20,6 +20,7 @@ from ntk.spaces import parse_space
 from ntk.studies.bench.cases import Cases
 from ntk.studies.bench.figures import draw_growth
 from ntk.studies.bench.options import BenchOptions
+from ntk.studies.command import say_origin
 from rocoft.commands import progress_bar, replacing_folder
 from rocoft.training import versions
 
@@ -42,6 +43,7 @@ def run(options: BenchOptions, command: str) -> list[str]:
     """
     spaces = {text: parse_space(text) for text in options.timed.spaces}
     folder = options.output.new_folder("bench", RECORD)
+    say_origin(options)
     with progress_bar(options.output.silent) as progress:
         cases = Cases(options, spaces, progress)
         backbone, costs = cases.backbone, cases.by_examples()

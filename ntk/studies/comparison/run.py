@@ -35,7 +35,7 @@ from ntk.studies.comparison.subject import Comparison
 from rocoft.commands import OptionError, Progress, progress_bar, replacing_folder
 from rocoft.data import Split, few_shot
 from rocoft.models import Backbone, load_backbone, resolved_device
-from rocoft.training import EMBEDDED, versions
+from rocoft.training import versions
 
 KERNELS = "kernels.safetensors"
 
@@ -214,9 +214,8 @@ def estimator(text: str | None) -> Estimator | None:
 
 
 def _folder(options: CompareOptions) -> Path:
-    model = EMBEDDED if options.model.model is None else Path(options.model.model).name
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{model}-{options.task.name}-{stamp}"
+    name = f"{options.model.name}-{options.task.name}-{stamp}"
     return options.output.new_folder(name, KERNELS)
 
 

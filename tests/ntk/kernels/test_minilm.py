@@ -11,7 +11,7 @@ from rocoft.data.splits import few_shot
 from rocoft.data.tasks import load_task
 from rocoft.models.architecture import Architecture
 from rocoft.models.backbone import load_backbone
-from rocoft.models.pretrained import embedded_folder
+from rocoft.models.location import locate
 from rocoft.models.readouts import MeanPooled
 
 SPACES = {
@@ -66,7 +66,7 @@ def case(request, tmp_path_factory):
     if request.param != "MeanPooled":
         # Without the pooling configuration it loads as a plain encoder.
         folder = tmp_path_factory.mktemp("minilm")
-        for file in embedded_folder().iterdir():
+        for file in Path(locate("minilm").path).iterdir():
             if file.is_file():
                 (folder / file.name).symlink_to(file)
     backbone = load_backbone(None if folder is None else str(folder), split)
@@ -134,7 +134,7 @@ def test_blocks_add_up(case, by_factors):
 
 
 def test_embedded_files_equal_the_published_ones():
-    folder = embedded_folder()
+    folder = Path(locate("minilm").path)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         Path(file).name for file in folder.iterdir()
     }

@@ -26,7 +26,7 @@ from rocoft.data.splits import Split, few_shot
 from rocoft.data.tasks import Example, Prompt, Task, load_task
 from rocoft.models import pretrained
 from rocoft.models.backbone import load_backbone
-from rocoft.models.pretrained import BackboneError, embedded_folder
+from rocoft.models.pretrained import BackboneError
 from rocoft.models.readouts import MeanPooled
 
 
@@ -296,18 +296,6 @@ def test_limit_of_the_model(body):
 
 
 # What cannot be loaded.
-
-
-def test_embedded_folder_is_verified(monkeypatch):
-    monkeypatch.setattr(pretrained, "EMBEDDED_SHA256", "0" * 64)
-    with pytest.raises(BackboneError, match=r"have sha256 53aa5.*Reinstall"):
-        embedded_folder()
-
-
-def test_embedded_model_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
-    with pytest.raises(BackboneError, match=r"not installed.*rocoft-ntk\[demo\]"):
-        load_backbone(None, reviews())
 
 
 def test_unknown_model_without_network_is_refused_at_once(monkeypatch):

@@ -25,7 +25,7 @@ from tasks_on_disk import write_reviews
 from rocoft import train
 from rocoft.commands.options import OptionError
 from rocoft.data.tasks import PROMPTS, Prompt
-from rocoft.models.pretrained import embedded_folder
+from rocoft.models.location import locate
 from rocoft.models.readouts import MeanPooled
 from rocoft.training.grid import EXTENSIONS, grid_end
 from rocoft.training.run import summary
@@ -176,7 +176,7 @@ def test_without_model_and_task_the_embedded_ones_and_it_says_so(tmp_path, capsy
     folder = tmp_path / "minilm-reviews-rows-3-seed0"
     record = json.loads((folder / "results.json").read_text())
     assert record["parameters"]["without_head"] == 62_208
-    body = tf.AutoModel.from_pretrained(embedded_folder())
+    body = tf.AutoModel.from_pretrained(locate(None).path)
     body.pooler = None
     model = PeftModel.from_pretrained(MeanPooled(body, 2), folder / "adapter").eval()
     from rocoft.data.splits import few_shot
@@ -190,7 +190,7 @@ def test_without_model_and_task_the_embedded_ones_and_it_says_so(tmp_path, capsy
     torch.testing.assert_close(found, predictions(folder)["logits"], rtol=0, atol=1e-5)
     card = (folder / "adapter" / "README.md").read_text()
     assert "import rocoft" in card
-    assert "embedded_folder()" in card
+    assert "locate('minilm').path" in card
 
 
 def test_json_is_the_record_alone(asked, capsys):
