@@ -7,6 +7,7 @@ from .prompts import (
     has_prompts,
     log_likelihoods,
     split_completions,
+    without_end,
 )
 from .splits import Split, few_shot, full_split, lmbff_split, with_test
 from .tasks import (
@@ -40,6 +41,7 @@ __all__ = [
     "has_prompts",
     "log_likelihoods",
     "split_completions",
+    "without_end",
     # splits
     "Split",
     "full_split",

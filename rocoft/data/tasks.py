@@ -37,11 +37,13 @@ class Prompt:
         template: Text with ``{a}``, ``{b}`` for pairs, and ``{mask}``.
         words: One word for each label, in order.
         causal: Template for causal models, which predict the word after it.
+        causal_words: The words for causal models; empty means ``words``.
     """
 
     template: str
     words: tuple[str, ...]
     causal: str
+    causal_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -57,6 +59,10 @@ class Prompt:
                 f"template {self.template!r} must hold {{a}} and {{mask}} once, such "
                 "as '{a} It was {mask}.'"
             )
+
+    def words_for(self, *, causal: bool) -> tuple[str, ...]:
+        """Return the label words of a causal or of a masked model."""
+        return (causal and self.causal_words) or self.words
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .offloaded import keep_on_host
 from .on_use import LinearOnUse, base_weight
 from .pretrained import EMBEDDED_NAME, load_pretrained, resolved_device
 from .quantised import dequantised_on_use
-from .readouts import LabelWords, MeanPooled, Prompted, logits
+from .readouts import LabelWords, MeanPooled, Prompted, SharedOutput, logits
 from .selection import DATA_STRATEGIES, Axis, select
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "LabelWords",
     "MeanPooled",
     "Prompted",
+    "SharedOutput",
     "logits",
     # selection
     "Axis",
