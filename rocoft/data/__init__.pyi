@@ -15,13 +15,12 @@ from .tasks import (
     HUB,
     SCORED_HUB,
     Example,
-    Prompt,
     Task,
-    TaskError,
     load_file,
     load_task,
     with_prompt,
 )
+from .templates import Prompt, TaskError
 
 __all__ = [
     # for users
@@ -50,9 +49,10 @@ __all__ = [
     "DEFAULT_TASK",
     "Example",
     "HUB",
-    "Prompt",
     "SCORED_HUB",
     "Task",
-    "TaskError",
     "with_prompt",
+    # templates
+    "Prompt",
+    "TaskError",
 ]

@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rocoft.data.tasks import TaskError
+from rocoft.data.templates import TaskError
 
 IGNORED = -100
 """Label of positions without a loss."""

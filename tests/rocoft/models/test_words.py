@@ -20,7 +20,8 @@ from rocoft.models.backbone import load_backbone
 from rocoft.models.pretrained import BackboneError
 from rocoft.models.readouts import AtPositions, LabelWords, PromptedSequences
 from rocoft.training.methods import parse_method
-from rocoft.training.trainer import fine_tune
+from rocoft.training.results import write_results
+from rocoft.training.trainer import FineTuned, fine_tune
 
 SINGLE = replace(SENTIMENT, words=("dull", "great"))
 SEVERAL = replace(SENTIMENT, words=("dull", "greatly fine", "film"))
@@ -156,6 +157,33 @@ def test_training_on_likelihoods(tmp_path, method):
     assert not torch.allclose(tuned.logits, before)
     assert torch.equal(outputs(backbone, split.test), before)
     assert tuned.record["test"]["accuracy"] >= 0
+
+
+def test_a_saved_model_is_the_whole_language_model(tmp_path):
+    path, model = causal_checkpoint(tmp_path / "start", tie_word_embeddings=True)
+    split = reviews(4, prompt=SEVERAL, labels=LABELS)
+    backbone = load_backbone(path, split)
+    method = parse_method("full")
+    record = {
+        "model": path,
+        "task": "tiny",
+        "labels": LABELS,
+        "readout": "causal",
+        "test": {"accuracy": 0.0},
+        "parameters": {"trainable": 1, "without_head": 1},
+        "learning_rate": 0.0,
+        "examples": {"dev": 0, "test": 4},
+        "seed": 0,
+    }
+    found = outputs(backbone, split.test)
+    labels = torch.zeros(len(found), dtype=torch.long)
+    tuned = FineTuned(backbone.module, method, found, labels, record)
+    (tmp_path / "out").mkdir()
+    write_results(tmp_path / "out", tuned, backbone.tokenizer, record)
+    saved = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    for name, value in model.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value), name
+    assert torch.equal(outputs(backbone, split.test), found)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
