@@ -14,7 +14,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from rocoft.data.splits import Split
-from rocoft.data.tasks import PROMPTS, Example, Task
+from rocoft.data.tasks import Example, Task
+from rocoft.data.templates import Prompt
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is absent")
@@ -24,7 +25,7 @@ WORDS = (
     "very more plot cast ok ##ish . ? ,"
 )
 BAD, GOOD = ("dull", "bore", "weak"), ("fine", "fun", "smart")
-SENTIMENT = PROMPTS["reviews"]
+SENTIMENT = Prompt("{a} It was {mask}.", ("terrible", "great"), "{a} It was")
 QUANTISED = {
     "nf4": {
         "load_in_4bit": True,
