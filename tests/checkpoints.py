@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from rocoft.data.splits import Split
-from rocoft.data.tasks import PROMPTS, Example, Task
+from rocoft.data.tasks import Example, Task
+from rocoft.data.templates import Prompt
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is absent")
@@ -19,7 +25,7 @@ WORDS = (
     "very more plot cast ok ##ish . ? ,"
 )
 BAD, GOOD = ("dull", "bore", "weak"), ("fine", "fun", "smart")
-SENTIMENT = PROMPTS["reviews"]
+SENTIMENT = Prompt("{a} It was {mask}.", ("terrible", "great"), "{a} It was")
 QUANTISED = {
     "nf4": {
         "load_in_4bit": True,
@@ -64,6 +70,45 @@ def checkpoint(folder, kind="BertModel", **config):
     model = getattr(tf, kind)(options).eval()
     model.save_pretrained(folder)
     tf.BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+    return str(folder), model
+
+
+def causal_checkpoint(folder, kind="Llama", start=True, end=False, **config):
+    """Save a tiny causal model with its tokenizer; return the folder and the model.
+
+    The tokenizer puts "<s>" before a text if ``start``, and "</s>" after it if ``end``.
+    """
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.4,
+    }
+    words = ("<s>", "</s>", "<unk>", *WORDS.split(), "##ly", "##er")
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.normalizer = Lowercase()
+    tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(["<s>"] * start + ["$A"] + ["</s>"] * end),
+        special_tokens=[("<s>", 0), ("</s>", 1)],
+    )
+    tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    options = getattr(tf, f"{kind}Config")(
+        vocab_size=len(words), **sizes, **special, **config
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = tf.AutoModelForCausalLM.from_config(options).eval()
+    model.save_pretrained(folder)
     return str(folder), model
 
 

@@ -46,7 +46,8 @@ class Recorder(TorchFunctionMode):
         leaves: Leaves of the autograd graph of the hooked outputs.
         arrived: Called with the index of a hooked output and its gradient.
         unserved: Parameters without a rule, and the reason.
-        lengths: Numbers of positions seen in tensors with a separate example axis.
+        lengths: Numbers of positions of an example seen in tensors in which they
+            lie behind its number, or behind it and that of its rows.
         routed: Whether positions have been selected by a condition on data. After that
             the first axis need not be the example axis, whatever its length.
     """
@@ -215,8 +216,11 @@ class Recorder(TorchFunctionMode):
         if not output.ndim:
             self._give_up(aliases, "its result is a single number")
             return output
-        if output.ndim > 2 and len(output) == self.examples:
-            self.lengths.add(output.shape[1])
+        if output.ndim > 2:
+            # An example may have several rows, such as one sequence for each answer.
+            rows, rest = divmod(len(output), self.examples)
+            if not rest and (rows == 1 or rows in self.lengths):
+                self.lengths.add(rows * output.shape[1])
         layout = self._layout(output)
         if not any(alias.name in self.wanted for alias in aliases):
             return output

@@ -10,7 +10,8 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from ntk.spaces.maps import LowRank, Map, Maps, Sketch, Slices, Whole, oriented
+from ntk.spaces.maps import LowRank, Map, Maps, Slices, Whole, oriented
+from ntk.spaces.union import unite
 from rocoft.commands import Strategy
 from rocoft.models import (
     DATA_STRATEGIES,
@@ -90,12 +91,15 @@ class Space:
         chosen = list(available)
         if chosen and self.patterns:
             chosen = match(chosen, self.patterns)
-        if chosen and self.blocks:
-            chosen = _in_blocks(model, chosen, self.blocks)
         if not chosen:
             raise SelectionError(
-                f"space {self.name!r} selects no parameter of "
-                f"{type(model.model).__name__}: {self._nothing()}."
+                f"space {self.name!r} selects nothing: {model.name} has no "
+                f"{self._wanted()}. {_selecting(model)}"
+            )
+        if self.blocks and not (chosen := _in_blocks(model, chosen, self.blocks)):
+            raise SelectionError(
+                f"space {self.name!r} selects nothing: {model.name} has no "
+                f"{self._wanted()} in these layers. Leave the layers out."
             )
         return {name: available[name] for name in chosen}
 
@@ -130,8 +134,9 @@ class Space:
     def _options(self) -> str:
         return ""
 
-    def _nothing(self) -> str:
-        return f"it has none for {self._term()}"
+    def _wanted(self) -> str:
+        """Return what the space is made of, in the plural."""
+        return f"{self._term()} parameters"
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,8 @@ class Full(Space):
     def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
         return {n: None for n, p in model.parameters.items() if p.requires_grad}
 
-    def _nothing(self) -> str:
-        return "no parameter requires a gradient"
+    def _wanted(self) -> str:
+        return "parameters that require a gradient"
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,9 @@ class Embeddings(Space):
     def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
         return dict.fromkeys(model.embeddings)
 
+    def _wanted(self) -> str:
+        return "embeddings"
+
 
 @dataclass(frozen=True)
 class _OfLinear(Space):
@@ -189,8 +197,8 @@ class _OfLinear(Space):
         narrow = {n: w for n, w in model.targets.items() if n in named}
         return narrow or model.linear_weights
 
-    def _nothing(self) -> str:
-        return "it has no linear layers"
+    def _wanted(self) -> str:
+        return "linear layers"
 
 
 @dataclass(frozen=True)
@@ -373,10 +381,10 @@ class LoRA(_OfLinear):
             text += f"/alpha={self.alpha!r}".replace("+", "")
         return text + ("/rescale" if self.rescale else "")
 
-    def _nothing(self) -> str:
+    def _wanted(self) -> str:
         if self.rank is None:
-            return "it has no adapters; give a rank, LoRA(8), for fresh ones"
-        return super()._nothing()
+            return "adapters (give a rank, LoRA(8), for fresh ones)"
+        return super()._wanted()
 
 
 @dataclass(frozen=True)
@@ -404,7 +412,7 @@ class Sum(Space):
         united: Maps = {}
         for part in self.parts:
             for name, maps in part.maps(architecture).items():
-                united[name] = _unite(name, united.get(name, ()), maps)
+                united[name] = unite(name, united.get(name, ()), maps)
         return united
 
     @property
@@ -413,41 +421,15 @@ class Sum(Space):
         return "+".join(part.name for part in self.parts)
 
 
+def _selecting(model: Architecture) -> str:
+    """Name the kinds of spaces that select something of a model."""
+    kinds = (Full(), Rows(1), Columns(1), LoRA(1), Bias(), Norm(), Embeddings(), Head())
+    names = [type(kind).__name__.lower() for kind in kinds if kind._available(model)]
+    return f"Spaces that select some of its parameters: {', '.join(names) or 'none'}."
+
+
 def _parts(space: Space) -> tuple[Space, ...]:
     return space.parts if isinstance(space, Sum) else (space,)
-
-
-def _unite(
-    name: str, first: tuple[Map, ...], second: tuple[Map, ...]
-) -> tuple[Map, ...]:
-    """Unite maps that select entries of one weight; LoRA pairs are new weights."""
-    if not first:
-        return second
-    for each in (*first, *second):
-        if isinstance(each, Sketch) or (isinstance(each, Slices) and each.odds):
-            raise SelectionError(
-                f"{name!r} is estimated in one part of a sum and selected in another, "
-                "whose entries would count twice. Estimate the whole sum instead."
-            )
-    selections = [m for m in (*first, *second) if not isinstance(m, LowRank)]
-    pairs = dict.fromkeys(m for m in (*first, *second) if isinstance(m, LowRank))
-    if len({m.rescale for m in selections if isinstance(m, Slices)}) > 1 or (
-        any(isinstance(m, Whole) for m in selections)
-        and any(isinstance(m, Slices) and m.rescale for m in selections)
-    ):
-        raise SelectionError(
-            f"{name!r} is selected both with and without rescale=True; entries in both "
-            "would have two weights. Rescale all parts of the sum or none."
-        )
-    if any(isinstance(m, Whole) for m in selections):
-        return (Whole(), *pairs)
-    slices = [m for m in selections if isinstance(m, Slices)]
-    if not slices:
-        return tuple(pairs)
-    rows = sorted({i for m in slices for i in m.rows})
-    columns = sorted({j for m in slices for j in m.columns})
-    of, rescale = slices[0].of, slices[0].rescale
-    return (Slices(of, tuple(rows), tuple(columns), rescale), *pairs)
 
 
 def _in_blocks(
@@ -455,10 +437,12 @@ def _in_blocks(
 ) -> list[str]:
     blocks = {name: model.block(name) for name in names}
     count = 1 + max((b for b in blocks.values() if b is not None), default=-1)
+    if not count:
+        return []
     wanted = {i + count if i < 0 else i for i in indices}
     if not wanted <= set(range(count)):
         raise SelectionError(
-            f"layers={indices} are not all among the model's {count} blocks"
-            + (f", 0 to {count - 1}." if count else ".")
+            f"layers={indices} are not all among the model's {count} blocks, 0 to "
+            f"{count - 1}."
         )
     return [name for name in names if blocks[name] in wanted]

@@ -7,6 +7,7 @@ from .prompts import (
     has_prompts,
     log_likelihoods,
     split_completions,
+    without_end,
 )
 from .splits import (
     Split,
@@ -21,13 +22,12 @@ from .tasks import (
     HUB,
     SCORED_HUB,
     Example,
-    Prompt,
     Task,
-    TaskError,
     load_file,
     load_task,
     with_prompt,
 )
+from .templates import Prompt, TaskError
 
 __all__ = [
     # for users
@@ -47,6 +47,7 @@ __all__ = [
     "has_prompts",
     "log_likelihoods",
     "split_completions",
+    "without_end",
     # splits
     "Split",
     "full_split",
@@ -56,9 +57,10 @@ __all__ = [
     "DEFAULT_TASK",
     "Example",
     "HUB",
-    "Prompt",
     "SCORED_HUB",
     "Task",
-    "TaskError",
     "with_prompt",
+    # templates
+    "Prompt",
+    "TaskError",
 ]

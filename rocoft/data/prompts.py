@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rocoft.data.tasks import TaskError
+from rocoft.data.templates import TaskError
 
 IGNORED = -100
 """Label of positions without a loss."""
@@ -171,7 +171,7 @@ def encode_completion(
         labels = _with_end(tokenizer, tokenizer(text_target=completion)["input_ids"])
         labels = labels[:max_length]
     else:
-        prompt_tokens = _without_end(tokenizer, tokenizer(prompt)["input_ids"])
+        prompt_tokens = without_end(tokenizer, tokenizer(prompt)["input_ids"])
         tokens = _with_end(tokenizer, tokenizer(prompt + completion)["input_ids"])
         pairs = zip(prompt_tokens, tokens, strict=False)
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt_tokens))
@@ -248,7 +248,7 @@ def generated(
                 tokens = [tokenizer(p, **cut)["input_ids"] for p in batch_prompts]
             else:
                 tokens = [
-                    _without_end(tokenizer, tokenizer(p)["input_ids"])
+                    without_end(tokenizer, tokenizer(p)["input_ids"])
                     for p in batch_prompts
                 ]
                 tokens = [row[max_new_tokens - max_length :] for row in tokens]
@@ -293,13 +293,19 @@ def _completion(line: str, where: str) -> Completion:
     return Completion(prompt, tuple(choices), answer)
 
 
-def _without_end(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+def without_end(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """Return the tokens of a text that continues, without an end of the text.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokens: Tokens of one text.
+    """
     if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
         return tokens[:-1]
     return tokens
 
 
 def _with_end(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
-    tokens = _without_end(tokenizer, tokens)
+    tokens = without_end(tokenizer, tokens)
     end = tokenizer.eos_token_id
     return tokens if end is None else [*tokens, end]

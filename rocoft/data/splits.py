@@ -18,8 +18,8 @@ from rocoft.data.tasks import (
     Example,
     FewShotRows,
     Task,
-    TaskError,
 )
+from rocoft.data.templates import TaskError
 
 LMBFF_TEST_SEED = 42
 """Seed of the draw of test examples where there are more than asked for."""

@@ -1,8 +1,7 @@
-"""Text-classification tasks: labelled texts from files or the Hub, and their prompts.
+"""Text-classification tasks: labelled texts from files or the Hub.
 
 A task consists of labelled texts or pairs of texts, the names of its labels and, for
-language models, a prompt. Templates and label words are those of LM-BFF (Gao et al.
-2021) and of the kernel view of fine-tuning (Malladi et al. 2023).
+language models, a prompt (`rocoft.data.templates`).
 """
 
 import csv
@@ -15,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rocoft.data.templates import PROMPTS, Prompt, TaskError
+
 DEFAULT_TASK = "reviews"
 TABLES = (".csv", ".tsv")
 SCORE = "score"
@@ -23,40 +24,6 @@ LMBFF_FILE = "lmbff16.json"
 """File in a task's folder with the rows of LM-BFF's published splits."""
 LMBFF_SHOTS = 16
 """Number of training examples of each label in those splits."""
-
-
-class TaskError(ValueError):
-    """A task that cannot be read, or lacks what was asked for."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Templates and label words for a language model.
-
-    Attributes:
-        template: Text with ``{a}``, ``{b}`` for pairs, and ``{mask}``.
-        words: One word for each label, in order.
-        causal: Template for causal models, which predict the word after it.
-    """
-
-    template: str
-    words: tuple[str, ...]
-    causal: str
-
-    def __post_init__(self) -> None:
-        try:
-            self.template.format(a="", b="", mask="")
-            self.causal.format(a="", b="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise TaskError(
-                f"template {self.template!r} has a field other than {{a}}, {{b}} and "
-                f"{{mask}}: {error}."
-            ) from None
-        if "{a}" not in self.template or self.template.count("{mask}") != 1:
-            raise TaskError(
-                f"template {self.template!r} must hold {{a}} and {{mask}} once, such "
-                "as '{a} It was {mask}.'"
-            )
 
 
 @dataclass(frozen=True)
@@ -102,39 +69,6 @@ class Task:
         """Whether the labels are scores."""
         return len(self.labels) == 1
 
-
-_SENTIMENT = Prompt("{a} It was {mask}.", ("terrible", "great"), "{a} It was")
-_ENTAILMENT = "{a}? {mask}, {b}"
-_QUESTION = "Text: {a}\nQuestion: {b}\nDoes the text answer it?"
-_FOLLOWS = "Text: {a}\nStatement: {b}\nDoes the statement follow?"
-_SAME = "First: {a}\nSecond: {b}\nDo they mean the same?"
-
-PROMPTS = {
-    "reviews": _SENTIMENT,
-    "sst2": _SENTIMENT,
-    "mr": _SENTIMENT,
-    "cr": _SENTIMENT,
-    "mpqa": _SENTIMENT,
-    "sst5": replace(_SENTIMENT, words=("terrible", "bad", "okay", "good", "great")),
-    "subj": Prompt("{a} This is {mask}.", ("subjective", "objective"), "{a} This is"),
-    "cola": Prompt("{a} This is {mask}.", ("incorrect", "correct"), "{a} This is"),
-    "trec": Prompt(
-        "{mask}: {a}",
-        ("Description", "Entity", "Expression", "Human", "Location", "Number"),
-        "Question: {a}\nType:",
-    ),
-    "ag_news": Prompt(
-        "{a} This article is about {mask} news.",
-        ("world", "sports", "business", "tech"),
-        "{a} This article is about",
-    ),
-    "mnli": Prompt(_ENTAILMENT, ("Yes", "Maybe", "No"), _FOLLOWS),
-    "snli": Prompt(_ENTAILMENT, ("Yes", "Maybe", "No"), _FOLLOWS),
-    "qnli": Prompt(_ENTAILMENT, ("Yes", "No"), _QUESTION),
-    "rte": Prompt(_ENTAILMENT, ("Yes", "No"), _FOLLOWS),
-    "mrpc": Prompt("{a} {mask}, {b}", ("No", "Yes"), _SAME),
-    "qqp": Prompt("{a} {mask}, {b}", ("No", "Yes"), _SAME),
-}
 
 HUB = {
     "sst2": ("nyu-mll/glue", "sst2", ("sentence",), "validation"),
@@ -225,7 +159,8 @@ def with_prompt(task: Task, template: str | None, words: Sequence[str]) -> Task:
         task: The task.
         template: Text with ``{a}``, ``{b}`` for pairs and ``{mask}``; None means the
             task's templates.
-        words: One word for each label; empty means the task's words.
+        words: One word for each label, for masked and causal models; empty means the
+            task's words.
 
     Returns:
         The task with the new prompt.
@@ -234,17 +169,21 @@ def with_prompt(task: Task, template: str | None, words: Sequence[str]) -> Task:
         TaskError: If there is no template, or not one word for each label.
     """
     old = task.prompt
-    words = tuple(words or (old.words if old else ()))
+    own = tuple(words)
+    words = own or (old.words if old else ())
     if (template is None and old is None) or len(words) != len(task.labels):
         raise TaskError(
             "a prompt needs --template and one of --label-words for each of the labels "
             f"{', '.join(task.labels)}; got {template!r} and {words}."
         )
     if template is None and old is not None:
-        return replace(task, prompt=replace(old, words=words))
+        causal_words = () if own else old.causal_words
+        prompt = replace(old, words=words, causal_words=causal_words)
+        return replace(task, prompt=prompt)
     assert template is not None
     causal = template.partition("{mask}")[0].rstrip()
-    return replace(task, prompt=Prompt(template, words, causal))
+    causal_words = old.causal_words if old and not own else ()
+    return replace(task, prompt=Prompt(template, words, causal, causal_words))
 
 
 def _from_folder(name: str, folder: Path, source: str, regression: bool) -> Task:

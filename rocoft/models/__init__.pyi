@@ -15,7 +15,7 @@ from .on_use import LinearOnUse, base_weight
 from .pretrained import load_pretrained, resolved_device
 from .probe import fit_probe, heads_without
 from .quantised import dequantised_on_use
-from .readouts import LabelWords, MeanPooled, Prompted, logits
+from .readouts import LabelWords, MeanPooled, Prompted, SharedOutput, logits
 from .selection import DATA_STRATEGIES, Axis, select
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "LabelWords",
     "MeanPooled",
     "Prompted",
+    "SharedOutput",
     "logits",
     # selection
     "Axis",

@@ -84,6 +84,31 @@ class Architecture:
             weights[name] = LinearWeight(name, path, outputs, inputs, output_dim, parts)
         return {name: weights[name] for name in self.parameters if name in weights}
 
+    @property
+    def name(self) -> str:
+        """Class name of the transformers model inside a readout, else of the module."""
+        named = self.model if self._transformer is None else self._transformer
+        return type(named).__name__
+
+    def output_layer(self, outputs: int) -> tuple[str, nn.Linear] | None:
+        """Return the head's last linear layer, with its path.
+
+        Args:
+            outputs: Number of its outputs.
+
+        Returns:
+            The path and the layer; None if the head has no such layer.
+        """
+        head = set(self.head)
+        last = [
+            (path, module)
+            for path, module in self._modules.items()
+            if isinstance(module, nn.Linear)
+            and f"{path}.weight" in head
+            and module.out_features == outputs
+        ]
+        return last[-1] if last else None
+
     def values(self, name: str) -> Tensor:
         """Return a parameter's values as stored, dequantised if necessary.
 

@@ -6,7 +6,25 @@ Readouts
   made; its last layer is fitted to the training examples (``"probe"``, Kumar et al.
   2022) or keeps its seeded initialisation (``"random"``).
 - ``"masked"``: logits of the label words at the mask of a prompt.
-- ``"causal"``: logits of the label words after the prompt.
+- ``"causal"``: logits of the label words after the prompt; the words' log-likelihoods
+  if one has several tokens (`rocoft.models.words`).
+
+A head that the checkpoint has is read in the order of the task's labels, by their names
+(`rocoft.models.label_names`).
+
+Prompts of causal models
+------------------------
+- *Padding* is on the right, whatever the tokenizer's own side, and the outputs are read
+  at the last token of each prompt. A causal model does not look ahead, so padding
+  changes no output; on the left it would shift the learned positions of GPT-2 and OPT.
+- *Beginning of the text*: the token that the tokenizer itself adds (LLaMA, Gemma), no
+  second one; none if it adds none (GPT-2, SmolLM2). An end that it adds is removed, as
+  the label word continues the prompt.
+- *Chat templates* are not applied, to instruction-tuned models neither. A template's
+  role marks and system text differ between models, base models have none, and a reply
+  begins without the space that label words begin with. So all models see the same
+  prompt, and fine-tuning starts from it. To use a chat format, write its text into your
+  own template.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +40,8 @@ from transformers import (
 )
 
 from rocoft.commands import Bits, Head, Readout
-from rocoft.data import Example, Prompt, Split
+from rocoft.data import Example, Prompt, Split, without_end
+from rocoft.models.label_names import name_outputs
 from rocoft.models.location import locate
 from rocoft.models.offloaded import keep_on_host
 from rocoft.models.pretrained import (
@@ -37,7 +56,7 @@ from rocoft.models.pretrained import (
 )
 from rocoft.models.probe import fit_probe
 from rocoft.models.quantised import dequantised_on_use
-from rocoft.models.readouts import LabelWords, Prompted
+from rocoft.models.words import prompted, word_tokens
 
 
 @dataclass
@@ -56,6 +75,8 @@ class Backbone:
         notes: Remarks for the user: origin of the weights, new heads, cut examples.
         fitted_head: Whether the head was fitted to the training examples, so that it
             has seen their labels, see `rocoft.models.probe`.
+        sequences: Whether a label word of several tokens makes the outputs the words'
+            log-likelihoods.
     """
 
     name: str
@@ -67,6 +88,14 @@ class Backbone:
     max_length: int
     notes: list[str] = field(default_factory=list)
     fitted_head: bool = False
+    sequences: bool = False
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The label words; empty for a classification head."""
+        if self.prompt is None:
+            return ()
+        return self.prompt.words_for(causal=self.readout == "causal")
 
     @property
     def readout_key(self) -> str:
@@ -96,6 +125,9 @@ class Backbone:
                 batch["position"] = self._mask_positions(batch["input_ids"])
             elif self.readout == "causal":
                 batch["position"] = batch["attention_mask"].sum(dim=1) - 1
+                if self.sequences:
+                    columns = (1, len(self.words))
+                    batch["position"] = batch["position"][:, None].repeat(columns)
             batches.append(batch)
         return batches, order
 
@@ -125,6 +157,9 @@ class Backbone:
         if self.readout == "head":
             return self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         encoded = self.tokenizer(*texts)
+        if self.readout == "causal":
+            kept = len(without_end(self.tokenizer, encoded["input_ids"]))
+            encoded = {key: values[:kept] for key, values in encoded.items()}
         excess = len(encoded["input_ids"]) - self.max_length
         if excess <= 0:
             return encoded
@@ -218,6 +253,7 @@ def load_backbone(
             module, new_names = load(path, name, len(split.task.labels), options)
     finally:
         torch.set_rng_state(torch_state)
+    notes = [] if readout != "head" else _labelled(module, split, new=bool(new_names))
     allow_padding(tokenizer, module)
     limit = length_limit(config, tokenizer)
     new_paths = [parameter.rpartition(".")[0] for parameter in new_names]
@@ -236,7 +272,7 @@ def load_backbone(
     backbone = Backbone(
         *(name, module.eval(), tokenizer, readout, bool(new_names)),
         *(prompt if readout != "head" else None, min(max_length, limit)),
-        notes=[*place.notes],
+        notes=[*place.notes, *notes],
     )
     if offload:
         backbone.notes.append("weights of linear layers are in the host's memory")
@@ -246,10 +282,16 @@ def load_backbone(
         )
     if readout != "head":
         assert prompt is not None
-        words = _word_tokens(tokenizer, prompt, readout)
-        output = module.get_output_embeddings()
-        module.set_output_embeddings(LabelWords(output, words).to(device))
-        backbone.module = Prompted(module).eval()
+        words = word_tokens(tokenizer, backbone.words, readout)
+        backbone.module = prompted(module, words).eval()
+        if (longest := max(map(len, words))) > 1:
+            backbone.sequences = True
+            # The model reads all tokens of a word but the last.
+            backbone.max_length = min(backbone.max_length, limit - longest + 1)
+            backbone.notes.append(
+                f"label words of up to {longest} tokens: outputs are their "
+                "log-likelihoods, and a pass reads an example once for each word"
+            )
     elif new_names:
         backbone.notes.append(f"new head: {', '.join(new_names)} ({head})")
         if head == "probe":
@@ -273,6 +315,17 @@ def _default_readout(config: Any, prompt: Prompt | None) -> Readout:
     return "head"
 
 
+def _labelled(module: Any, split: Split, *, new: bool) -> list[str]:
+    """Give a head's outputs the order and a new head the names of the labels."""
+    labels = split.task.labels
+    if not new:
+        return name_outputs(module, labels)
+    if not split.task.regression:
+        module.config.id2label = dict(enumerate(labels))
+        module.config.label2id = {label: i for i, label in enumerate(labels)}
+    return []
+
+
 def allow_padding(tokenizer: PreTrainedTokenizerBase, module: Any) -> None:
     """Enable padding for models that were trained without it (GPT-2, LLaMA)."""
     if tokenizer.pad_token is None:
@@ -291,32 +344,3 @@ def length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     if getattr(config, "model_type", "") in {"roberta", "xlm-roberta", "camembert"}:
         positions -= (getattr(config, "pad_token_id", 1) or 0) + 1
     return int(min(positions, tokenizer.model_max_length))
-
-
-def _word_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, readout: Readout
-) -> list[int]:
-    """Return the token of each label word as it is inside a sentence."""
-    if readout == "masked" and tokenizer.mask_token is None:
-        raise BackboneError(
-            "readout='masked' needs a tokenizer with a mask token. Use 'causal' or "
-            "'head'."
-        )
-    word_tokens = []
-    first = tokenizer("a", add_special_tokens=False)["input_ids"]
-    for word in prompt.words:
-        both = tokenizer(f"a {word}", add_special_tokens=False)["input_ids"]
-        tokens = both[len(first) :] if both[: len(first)] == first else both
-        if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
-            pieces = tokenizer.convert_ids_to_tokens(tokens)
-            raise BackboneError(
-                f"label word {word!r} is not one token of this model but {pieces}. "
-                "Give other words with --label-words, or use --readout head."
-            )
-        word_tokens.append(tokens[0])
-    if len(set(word_tokens)) != len(word_tokens):
-        raise BackboneError(
-            f"label words {prompt.words} are not distinct tokens of this model. Give "
-            "others with --label-words, or use --readout head."
-        )
-    return word_tokens

@@ -117,17 +117,10 @@ def _output_layer(module: nn.Module, labels: int) -> tuple[str, nn.Linear]:
     Raises:
         BackboneError: If there is none.
     """
-    head = Architecture(module).head
-    last = [
-        (path, layer)
-        for path, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-        and f"{path}.weight" in head
-        and layer.out_features == labels
-    ]
-    if not last:
+    last = Architecture(module).output_layer(labels)
+    if last is None:
         raise BackboneError(
             f"the head of {type(module).__name__} has no linear output layer to fit. "
             "Use --head-init random."
         )
-    return last[-1]
+    return last

@@ -1,9 +1,12 @@
 """Modules that turn a transformer's hidden states into the outputs of a task.
 
-Language models never compute logits of the whole vocabulary: `LabelWords` replaces the
-output layer by the label words' rows of it, which share its parameters.
+Label words of one token need no logits of the whole vocabulary: `LabelWords` replaces
+the output layer by the words' rows of it, which share its parameters. The likelihood of
+words of several tokens needs all logits, but only where a token of a word is predicted:
+`AtPositions` computes no others.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +21,23 @@ def logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-class LabelWords(nn.Module):
+class SharedOutput(nn.Module):
+    """An output layer with another forward pass and the parameters of the original.
+
+    Args:
+        output: The original output layer; its parameters stay shared.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, output: nn.Module) -> None:
+        super().__init__()
+        self.register_parameter("weight", output.get_parameter("weight"))
+        self.register_parameter("bias", getattr(output, "bias", None))
+
+
+class LabelWords(SharedOutput):
     """An output layer of a language model with the label words' logits only.
 
     Args:
@@ -26,20 +45,35 @@ class LabelWords(nn.Module):
         words: Token of each label word, in the order of the labels.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     words: Tensor
 
     def __init__(self, output: nn.Module, words: Sequence[int]) -> None:
-        super().__init__()
-        self.register_parameter("weight", output.get_parameter("weight"))
-        self.register_parameter("bias", getattr(output, "bias", None))
+        super().__init__(output)
         self.register_buffer("words", torch.tensor(words), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return ``(n, t, labels)`` logits of hidden states ``(n, t, d)``."""
         bias = None if self.bias is None else self.bias[self.words]
         return F.linear(hidden, self.weight[self.words], bias)
+
+
+class AtPositions(SharedOutput):
+    """An output layer of a language model at a few positions of each sequence.
+
+    Attributes:
+        positions: ``(n, k)``, set by `PromptedSequences` during its forward pass, as
+            transformers' models pass nothing but hidden states to their output layer;
+            None means all positions.
+    """
+
+    positions: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``(n, k, vocabulary)`` logits of hidden states ``(n, t, d)``."""
+        if self.positions is not None:
+            rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+            hidden = hidden[rows, self.positions]
+        return F.linear(hidden, self.weight, self.bias)
 
 
 class MeanPooled(nn.Module):
@@ -83,3 +117,76 @@ class Prompted(nn.Module):
         """Return ``(n, labels)`` logits at ``position``, ``(n,)``."""
         logits = self.model(**inputs).logits
         return logits[torch.arange(len(logits), device=logits.device), position]
+
+
+class PromptedSequences(Prompted):
+    """A causal model whose outputs are log-likelihoods of words after the prompt.
+
+    Output c is the sum over the tokens of word c of log p(token | prompt, the word's
+    earlier tokens), in nat. The model reads one sequence for each example and word, so
+    a pass costs as much as one over as many examples as there are sequences.
+
+    Args:
+        model: The model, its output layer replaced by `AtPositions`.
+        words: Tokens of each label word, in the order of the labels.
+    """
+
+    tokens: Tensor
+    counted: Tensor
+
+    def __init__(self, model: PreTrainedModel, words: Sequence[Sequence[int]]) -> None:
+        super().__init__(model)
+        longest = max(map(len, words))
+        padded = [[*word, *[0] * (longest - len(word))] for word in words]
+        counted = [[k < len(word) for k in range(longest)] for word in words]
+        output: Any = model.get_output_embeddings()
+        for name, values in (("tokens", padded), ("counted", counted)):
+            buffer = torch.tensor(values, device=output.weight.device)
+            self.register_buffer(name, buffer, persistent=False)
+        self._numbered = "position_ids" in inspect.signature(model.forward).parameters
+
+    def forward(self, position: Tensor, **inputs: Tensor) -> Tensor:
+        """Return ``(n, labels)`` log-likelihoods.
+
+        Args:
+            position: ``(n, labels)`` index of the prompt's last token, the same for
+                every label.
+            **inputs: ``input_ids`` and ``attention_mask`` of the prompts, ``(n, t)``,
+                padded on the right. Others are not used.
+        """
+        # That position has a column for each label lets `ntk.gradients` see that an
+        # example has as many sequences.
+        n, labels = position.shape
+        longest = self.tokens.shape[1]
+        steps = torch.arange(longest, device=position.device)
+        at = position[..., None] + steps
+        # A word's last token is predicted, never read.
+        read = longest - 1
+        ids = F.pad(inputs["input_ids"], (0, read))[:, None].repeat(1, labels, 1)
+        mask = F.pad(inputs["attention_mask"], (0, read))[:, None].repeat(1, labels, 1)
+        if read:
+            words = self.tokens[:, :read].expand(n, labels, read)
+            seen = self.counted[:, 1:].expand(n, labels, read).to(mask.dtype)
+            ids = ids.scatter(2, at[..., 1:], words)
+            mask = mask.scatter(2, at[..., 1:], seen)
+        logits = self._logits(ids.flatten(0, 1), mask.flatten(0, 1), at.flatten(0, 1))
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen = self.tokens.repeat(n, 1)[..., None]
+        values = precise.log_softmax(-1).gather(2, chosen)[..., 0]
+        return (values * self.counted.repeat(n, 1)).sum(1).view(n, labels)
+
+    def _logits(self, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+        """Return ``(sequences, k, vocabulary)`` logits at positions ``(., k)``."""
+        numbers = {}
+        if self._numbered:
+            # Models number positions in one row for the whole batch, whose gradient
+            # belongs to no example.
+            steps = torch.arange(ids.shape[1], device=ids.device)
+            numbers["position_ids"] = steps.expand(ids.shape)
+        output: Any = self.model.get_output_embeddings()
+        output.positions = at
+        try:
+            answer = self.model(input_ids=ids, attention_mask=mask, **numbers)
+        finally:
+            output.positions = None
+        return answer.logits

@@ -235,8 +235,9 @@ def apply_method(
     names = _trained(architecture, method)
     if not names:
         raise SelectionError(
-            f"method {method!s} trains nothing of {type(module).__name__}, which has "
-            "no such parameters."
+            f"method {method!s} trains nothing of {architecture.name}, which has no "
+            f"{'bias' if method.kind == 'bitfit' else 'head'} parameters. Use full, "
+            "rows, columns or lora."
         )
     head = architecture.head if train_head and method.kind != "probe" else ()
     trained = {*names, *head}

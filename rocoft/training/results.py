@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocoft.commands import replacing, write_text
-from rocoft.models import LabelWords, MeanPooled, Prompted, as_given
+from rocoft.models import MeanPooled, Prompted, SharedOutput, as_given
 from rocoft.training.methods import Method
 from rocoft.training.trainer import FineTuned
 
@@ -113,24 +113,24 @@ def _save_model(model: nn.Module, folder: Path, name: str) -> None:
         save_file(inner.classifier.state_dict(), folder / "classifier.safetensors")
     elif isinstance(inner, PreTrainedModel):
         output = inner.get_output_embeddings()
-        if isinstance(output, LabelWords):
+        if isinstance(output, SharedOutput):
             inner.set_output_embeddings(_output_layer(output))
         try:
             inner.save_pretrained(folder)
         finally:
-            if isinstance(output, LabelWords):
+            if isinstance(output, SharedOutput):
                 inner.set_output_embeddings(output)
     else:
         save_file(inner.state_dict(), folder / "model.safetensors")
 
 
-def _output_layer(words: LabelWords) -> nn.Linear:
-    """Return the whole output layer of label words; it shares their parameters."""
-    outputs, inputs = words.weight.shape
+def _output_layer(shared: SharedOutput) -> nn.Linear:
+    """Return the original output layer; it shares the parameters."""
+    outputs, inputs = shared.weight.shape
     with torch.device("meta"):
-        layer = nn.Linear(inputs, outputs, bias=words.bias is not None)
-    layer.register_parameter("weight", words.weight)
-    layer.register_parameter("bias", words.bias)
+        layer = nn.Linear(inputs, outputs, bias=shared.bias is not None)
+    layer.register_parameter("weight", shared.weight)
+    layer.register_parameter("bias", shared.bias)
     return layer
 
 

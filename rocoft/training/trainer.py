@@ -212,7 +212,7 @@ def fine_tune(
                     "wrapped": settings["wrapped"],
                     "split_seed": split.seed,
                     "readout": backbone.readout,
-                    "label_words": backbone.prompt and list(backbone.prompt.words),
+                    "label_words": list(backbone.words) or None,
                 },
             ),
             LEARNING_RATES[method.kind] if lrs is None else lrs,
@@ -327,7 +327,7 @@ def _prepared(
         method,
         train_head=backbone.readout == "head",
         batches=batches,
-        loss=_example_loss,
+        loss=lambda _, example: _example_loss(module, example),
     )
 
 
@@ -345,13 +345,10 @@ def _calibration(
     return batches
 
 
-def _example_loss(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
-    """Return the loss of one example, for a `Prompted`'s model at its position."""
-    inputs = {k: v for k, v in example.items() if k not in {"labels", "position"}}
-    outputs = logits(model(**inputs))
-    if "position" in example:
-        outputs = outputs[torch.arange(len(outputs)), example["position"]]
-    return readout_loss(outputs, example["labels"])
+def _example_loss(module: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss of one example, by the whole module with its readout."""
+    inputs = {key: value for key, value in example.items() if key != "labels"}
+    return readout_loss(logits(module(**inputs)), example["labels"])
 
 
 def _encoded(backbone: Backbone, examples: Sequence[Example]) -> Any:

@@ -174,7 +174,7 @@ def resized(batch: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """Return a batch with each example cut or repeated to the same length.
 
     Args:
-        batch: Tokenized batch: ``(n, t)`` tensors, and ``(n,)`` indices of positions.
+        batch: Tokenized batch: ``(n, t)`` tensors, and indices of positions.
         tokens: Length t of the result, without padding.
 
     Returns:
@@ -182,7 +182,7 @@ def resized(batch: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """
     resized_batch = {}
     for name, value in batch.items():
-        if value.ndim < 2:
+        if name == "position" or value.ndim < 2:
             resized_batch[name] = value.clamp(max=tokens - 1)
             continue
         places = torch.arange(tokens, device=value.device) % value.shape[1]

@@ -425,7 +425,7 @@ def test_frozen_parameters_are_left_out_of_full_alone(name):
     assert_close(found.kernels["full"], dense.kernel([own]))
     model.requires_grad_(False)
     assert_close(kernels_of_rows(model, inputs), expected.kernels["rows"])
-    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+    with pytest.raises(ValueError, match="no parameters that require a gradient"):
         empirical_ntk(model, inputs)
 
 

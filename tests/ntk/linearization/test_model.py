@@ -397,7 +397,7 @@ def test_refused():
         linear()
     with pytest.raises(ValueError, match=r"delta has shape \(3,\); expected \(1"):
         linear.jvp(x, torch.zeros(3))
-    with pytest.raises(SelectionError, match="no parameter requires a gradient"):
+    with pytest.raises(SelectionError, match="no parameters that require a gradient"):
         linearize(model.requires_grad_(False), Full())
     unread = Lambda(lambda m, x: m.layer(x)[:, None], layer=nn.Linear(8, 2)).double()
     with pytest.raises(FunctionError, match=r"outputs must have shape \(n, c\)"):

@@ -14,6 +14,7 @@ from ntk.kernels.options import KernelOptions
 from ntk.spaces.kinds import Bias, Columns, Embeddings, Full, Head, LoRA, Norm, Rows
 from ntk.spaces.maps import LowRank, Slices, Whole
 from rocoft.models.architecture import Architecture, SelectionError
+from rocoft.models.readouts import Prompted
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 
@@ -184,7 +185,7 @@ def test_sizes(bert, space, size):
         (Rows(indices={"other": (1,)}), f"indices has no entry for '{QUERY}'"),
         (Rows(2, strategy="best"), "strategy='best' is unknown"),
         (Rows(2, strategy="activation"), "needs examples"),
-        (LoRA(), "has no adapters; give a rank"),
+        (LoRA(), "has no adapters .give a rank"),
         (Rows(1) + Rows(1, rescale=True), "both with and without rescale"),
         (Full() + Rows(1, rescale=True), "both with and without rescale"),
         (Columns(1, rescale=True) + Full(), "both with and without rescale"),
@@ -196,18 +197,45 @@ def test_selections_that_cannot_be_made_are_refused(bert, space, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "space"),
+    ("name", "space", "missing", "left"),
     [
-        ("llama-lm", Head()),
-        ("llama", Bias()),
-        ("mlp", Norm()),
-        ("mlp", Embeddings()),
-        ("bare", Rows(1)),
+        (
+            *("llama-lm", Head(), "LlamaForCausalLM has no head parameters"),
+            "full, rows, columns, lora, norm, embeddings.",
+        ),
+        (
+            *("llama", Bias(), "LlamaForSequenceClassification has no bias parameters"),
+            "full, rows, columns, lora, norm, embeddings, head.",
+        ),
+        (
+            *("mlp", Norm(), "Sequential has no norm parameters"),
+            "full, rows, columns, lora, bias, head.",
+        ),
+        (
+            *("mlp", Embeddings(), "Sequential has no embeddings"),
+            "full, rows, columns, lora, bias, head.",
+        ),
+        ("bare", Rows(1), "has no linear layers", "full, bias"),
+        ("llama", LoRA(), "has no adapters (give a rank, LoRA(8)", "full, rows"),
     ],
 )
-def test_spaces_that_a_model_does_not_have_are_refused(name, space):
-    with pytest.raises(SelectionError, match=f"'{space}' selects no parameter"):
+def test_spaces_that_a_model_does_not_have_are_refused(name, space, missing, left):
+    with pytest.raises(SelectionError) as refused:
         space.maps(BY_NAME[name].build())
+    assert str(refused.value).startswith(f"space '{space}' selects nothing: ")
+    assert missing in str(refused.value)
+    assert f"select some of its parameters: {left}" in str(refused.value)
+
+
+def test_the_model_is_named_not_the_readout_around_it():
+    prompted = Prompted(BY_NAME["llama-lm"].build())
+    with pytest.raises(SelectionError, match="LlamaForCausalLM has no bias parameters"):
+        Bias().maps(prompted)
+
+
+def test_a_space_without_parameters_in_the_layers_is_refused():
+    with pytest.raises(SelectionError, match="no embeddings in these layers"):
+        Embeddings().layers(0).maps(BY_NAME["llama"].build())
 
 
 @pytest.mark.parametrize(

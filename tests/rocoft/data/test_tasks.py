@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from tasks_on_disk import SHARED, needs_shared
@@ -188,6 +187,14 @@ def test_prompts_have_a_word_for_each_label_and_a_mask():
         assert prompt.template.count("{mask}") == 1, name
         assert "{mask}" not in prompt.causal, name
         assert len(set(prompt.words)) == len(prompt.words), name
+        causal = prompt.words_for(causal=True)
+        assert len(set(causal)) == len(causal) == len(prompt.words), name
+        assert prompt.words_for(causal=False) == prompt.words, name
+        # A label word comes after the template, with a space of its own.
+        assert prompt.causal == prompt.causal.rstrip(), name
+        assert prompt.causal.count("{a}") == 1, name
+        assert prompt.causal.count("{b}") == ("{b}" in prompt.template), name
+        assert not prompt.causal.endswith("}"), name
     assert set(HUB) <= set(PROMPTS)
 
 
@@ -327,9 +334,12 @@ def test_other_label_words_keep_the_task_s_prompt_for_causal_models():
     old = PROMPTS["mnli"]
     task = Task("mnli", ("0", "1", "2"), (), (), old, "made")
     found = with_prompt(task, None, ["True", "Perhaps", "False"]).prompt
-    assert found == replace(old, words=("True", "Perhaps", "False"))
+    assert (found.template, found.causal) == (old.template, old.causal)
+    for causal in (True, False):
+        assert found.words_for(causal=causal) == ("True", "Perhaps", "False")
     other = with_prompt(task, "{a} so {b} is {mask} .", []).prompt
     assert (other.words, other.causal) == (old.words, "{a} so {b} is")
+    assert other.words_for(causal=True) == old.words_for(causal=True)
     with pytest.raises(TaskError, match="one of --label-words for each"):
         with_prompt(task, None, ["yes"])
 

@@ -135,17 +135,19 @@ def test_what_else_grows(folder, tmp_path, capsys):
     assert "outputs, 2 examples" in text
 
 
-def test_examples_are_cut_and_repeated():
+@pytest.mark.parametrize("at", [[2, 1], [[2, 2], [1, 1]]])
+def test_examples_are_cut_and_repeated(at):
     batch = {
         "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
-        "position": torch.tensor([2, 1]),
+        "position": torch.tensor(at),
     }
     longer, shorter = resized(batch, 5), resized(batch, 2)
     assert longer["input_ids"].tolist() == [[5, 6, 7, 5, 6], [8, 9, 0, 8, 9]]
-    assert longer["position"].tolist() == [2, 1]
+    assert longer["position"].tolist() == at
     assert shorter["input_ids"].tolist() == [[5, 6], [8, 9]]
-    assert shorter["position"].tolist() == [1, 1]
+    assert (shorter["position"] == 1).all()
+    assert shorter["position"].shape == batch["position"].shape
     for found in (longer, shorter):
         assert found["attention_mask"].all()
 
