@@ -1,8 +1,8 @@
 """The examples of a split as batches of tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -59,9 +59,10 @@ class EncodedSplit:
         columns = torch.tensor(np.argsort(self.order[: self.train]))
         return kernel.cpu()[rows][:, columns]
 
-    def training(self) -> "EncodedSplit":
+    def training(self) -> Self:
         """Return the training examples alone."""
-        return EncodedSplit(
+        return replace(
+            self,
             batches=self.batches[: self.train_batches],
             train_batches=self.train_batches,
             order=self.order[: self.train],

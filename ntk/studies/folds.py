@@ -4,15 +4,18 @@ What is measured with labels, on a head that has seen them, is measured here out
 fold: `ntk.classifiers.crossfit` has the equation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ntk.classifiers import Fold
+from ntk.measures import distance, gram_matrix
 from ntk.studies.encoding import EncodedSplit, own_outputs
+from ntk.studies.protocol import ScoredSplit
 from rocoft.data import Split, stratified_folds
 from rocoft.models import Backbone, heads_without
 
@@ -82,3 +85,54 @@ def held_out(
         )
         for fold in heads_without(backbone, split, stratified_folds(split, count))
     ]
+
+
+def block_diagonal(folds: Sequence[HeldOut], name: str) -> Tensor:
+    """Return a kernel ``(n, n, ...)`` of the examples of each fold, else zero.
+
+    Args:
+        folds: The folds.
+        name: Name of the space.
+    """
+    joined = torch.zeros_like(folds[0].kernels[name])
+    for fold in folds:
+        rows = torch.tensor(fold.held)
+        joined[rows[:, None], rows] = fold.unseen(name)
+    return joined
+
+
+def outputs_out_of_fold(folds: Sequence[HeldOut]) -> Array:
+    """Return ``(n, c)`` outputs, each under the head that has not seen the example.
+
+    Args:
+        folds: The folds.
+    """
+    joined = np.empty_like(folds[0].f0)
+    for fold in folds:
+        joined[list(fold.held)] = fold.f0[list(fold.held)]
+    return joined
+
+
+def mean_alignment(
+    data: ScoredSplit, kernel: Tensor, unseen: Sequence[tuple[HeldOut, Tensor]] = ()
+) -> float:
+    """Return the alignment of a kernel with the training labels.
+
+    Args:
+        data: The examples.
+        kernel: The kernel; its first rows are the training examples.
+        unseen: Where the head has seen the labels, the folds with the kernel of the
+            same space between the examples that it has not seen; the mean over them.
+    """
+    parts: list[tuple[Tensor, Sequence[int] | None]] = [(kernel[: data.train], None)]
+    if unseen:
+        parts = [(each, fold.held) for fold, each in unseen]
+    grams = [(gram_matrix(each).numpy(), examples) for each, examples in parts]
+    return float(
+        np.mean(
+            [
+                distance.alignment(gram, data.targets_of(gram, examples))
+                for gram, examples in grams
+            ]
+        )
+    )

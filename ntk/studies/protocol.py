@@ -10,9 +10,9 @@ all pairs of contrasts. The outputs of a regression are taken as they are.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -236,19 +236,32 @@ class ScoredSplit(EncodedSplit):
             regression=task.regression,
         )
 
-    def targets(self) -> Array:
-        """Return the centred training labels, ``(n,)`` or one-hot ``(n, c)``."""
+    def training(self) -> Self:
+        """Return the training examples alone."""
+        return replace(super().training(), f0=self.f0[: self.train])
+
+    def targets(self, examples: Sequence[int] | None = None) -> Array:
+        """Return centred training labels, ``(n,)`` or one-hot ``(n, c)``.
+
+        Args:
+            examples: Indices of training examples; None for all.
+        """
         labels, c = self.labels[: self.train], self.f0.shape[1]
+        if examples is not None:
+            labels = labels[list(examples)]
         targets = labels if c <= 2 else np.eye(c)[labels]
         return targets - targets.mean(axis=0)
 
-    def targets_of(self, gram: Array | Tensor) -> Array:
+    def targets_of(
+        self, gram: Array | Tensor, examples: Sequence[int] | None = None
+    ) -> Array:
         """Return the targets with one row per row of a Gram matrix.
 
         Args:
-            gram: Gram matrix of the training examples, of contrasts or not.
+            gram: Gram matrix of training examples, of contrasts or not.
+            examples: Their indices; None for all.
         """
-        targets, rows = self.targets(), len(gram)
+        targets, rows = self.targets(examples), len(gram)
         return targets if len(targets) == rows else by_row(targets, rows)[:, 0]
 
     def primary_metric(self, outputs: Array, labels: Array) -> float:

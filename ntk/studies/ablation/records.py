@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ntk.classifiers import tune
@@ -37,6 +38,7 @@ from ntk.spaces import (
 from ntk.studies.ablation.variance import expected_error, extreme_share, scatters
 from ntk.studies.encoding import selected
 from ntk.studies.folder import Cell, Record
+from ntk.studies.folds import HeldOut, held_out, mean_alignment
 from ntk.studies.protocol import Array, Protocol, ScoredSplit, description
 from rocoft.commands import Strategy
 from rocoft.data import Split
@@ -180,7 +182,12 @@ def selection_records(
     result = protocol.kernels(backbone, data, spaces)
     kernels = {name: data.in_split_order(k) for name, k in result.kernels.items()}
     head = kernels.get(HEAD)
-    look = _Look(data, kernels[FULL], head)
+    train = data.training()
+    folds = held_out(
+        *(backbone, split, train),
+        lambda _: protocol.kernels(backbone, train, spaces).kernels,
+    )
+    look = _Look(data, kernels[FULL], head, folds)
     total = sum(p.numel() for p in Architecture(backbone.module).parameters.values())
     records = []
     for name in names:
@@ -188,8 +195,9 @@ def selection_records(
             **_described(name, backbone, split),
             "parameters": result.sizes[name],
             "share": result.sizes[name] / total,
-            "body": look.body(kernels[name]),
-            "whole": look.whole(kernels[name]),
+            "body": look.body(name, kernels[name]),
+            "whole": look.whole(name, kernels[name]),
+            "folds": len(folds),
         }
         if name == FULL:
             record["own_outputs"] = data.scored(data.f0[data.dev], data.f0[data.test])
@@ -359,26 +367,29 @@ class _Look:
         data: The examples.
         full: The full kernel without a new head.
         head: The kernel of a new head; None if there is none.
+        folds: Kernels under heads that were fitted without a fold.
     """
 
     data: ScoredSplit
     full: Tensor
     head: Tensor | None
+    folds: Sequence[HeldOut]
 
-    def body(self, kernel: Tensor) -> Record:
+    def body(self, name: str, kernel: Tensor) -> Record:
         """Return measures and scores of the kernel alone."""
         return {
-            **self._measures(self.full, kernel),
+            **self._measures(self.full, kernel, [name]),
             **self.classify(kernel, None),
         }
 
-    def whole(self, kernel: Tensor) -> Record:
+    def whole(self, name: str, kernel: Tensor) -> Record:
         """Return measures and scores with the head and the model's own outputs."""
-        full = self.full
+        full, names = self.full, [name]
         if self.head is not None:
             full, kernel = full + self.head, kernel + self.head
+            names = [name, HEAD]
         return {
-            **self._measures(full, kernel),
+            **self._measures(full, kernel, names),
             **self.classify(kernel, self.data.f0),
         }
 
@@ -398,12 +409,15 @@ class _Look:
             "offset_scale": tuned.offset_scale,
         }
 
-    def _measures(self, full: Tensor, kernel: Tensor) -> Record:
+    def _measures(self, full: Tensor, kernel: Tensor, names: Sequence[str]) -> Record:
         n = self.data.train
         reference, gram = (gram_matrix(k[:n]).numpy() for k in (full, kernel))
         rank = min(EIGENSPACE, len(gram) - 1)
-        targets = self.data.targets_of(gram)
+        unseen = [
+            (fold, torch.stack([fold.unseen(name) for name in names]).sum(0))
+            for fold in self.folds
+        ]
         return {
             "distance": asdict(distance.summary(reference, gram, rank=rank)),
-            "alignment": distance.alignment(gram, targets),
+            "alignment": mean_alignment(self.data, kernel, unseen),
         }

@@ -20,6 +20,7 @@ from ntk.measures import distance, gram_matrix, growth, spectrum
 from ntk.spaces import Full, Head, Space, parse_space
 from ntk.studies.encoding import selected
 from ntk.studies.folder import Cell, Record
+from ntk.studies.folds import held_out, mean_alignment
 from ntk.studies.protocol import Protocol, ScoredSplit, description
 from ntk.studies.tuned import rounded_outputs
 from rocoft.models import Architecture
@@ -67,6 +68,11 @@ def kernel_records(
     kernels = {
         name: data.in_split_order(kernel) for name, kernel in result.kernels.items()
     }
+    train = data.training()
+    folds = held_out(
+        *(backbone, split, train),
+        lambda _: protocol.kernels(backbone, train, named, kind=kind).kernels,
+    )
     seconds = time.perf_counter() - start
     total = sum(p.numel() for p in Architecture(module).parameters.values())
     common = {
@@ -89,6 +95,9 @@ def kernel_records(
         }
         if kind != "asymmetric_signgd":
             record |= _measures(data, kernels[""], kernel)
+            unseen = [(fold, fold.unseen(text)) for fold in folds]
+            record["alignment"] = mean_alignment(data, kernel, unseen)
+            record["folds"] = len(folds)
             record["shuffled"] = _shuffled(data, kernel)
         records.append(record)
     return records
@@ -144,7 +153,6 @@ def _measures(data: ScoredSplit, full: Tensor, kernel: Tensor) -> Record:
     return {
         "distance": asdict(distance.summary(reference, gram, rank=rank)),
         "spectrum": asdict(spectrum.summary(gram, eps=float(np.finfo(np.float32).eps))),
-        "alignment": distance.alignment(gram, data.targets_of(gram)),
         "growth": [
             asdict(spread)
             for spread in growth(

@@ -92,9 +92,10 @@ def predictors(
     gram = kernel_of(kernels, chosen)
     values = spectrum.eigenvalues(gram)
     own_ridge = spectrum.relative_ridge(values, epsilon)
-    r = kernels.residual
+    honest = kernels.honest
+    unseen, r = kernel_of(honest, chosen), honest.residual
     measures = {
-        "gradient norm": gradient_norm(gram, r),
+        "gradient norm": gradient_norm(unseen, r),
         "effective dimension": spectrum.effective_dimension(values, own_ridge),
         "condition number": spectrum.condition_number(values, own_ridge),
         "largest eigenvalue": float(values[0]),
@@ -102,11 +103,11 @@ def predictors(
         SIZE: float(sum(kernels.layers[name].parameters for name in chosen)),
         DEPTH: sum(map(int, chosen)) / len(chosen) if chosen else math.nan,
     }
-    for targets, end in ((r, ""), (kernels.labels, ", labels")):
-        fit = RidgeRegression.of(gram, targets, outputs=kernels.outputs)
-        measures[TARGET_AWARE + end] = _explained(kernels, fit, epsilon)
-        measures["GCV" + end] = fit.gcv(_ridge(kernels, epsilon))
-        measures["alignment" + end] = distance.alignment(gram, targets)
+    for targets, end in ((r, ""), (honest.labels, ", labels")):
+        fit = RidgeRegression.of(unseen, targets, outputs=kernels.outputs)
+        measures[TARGET_AWARE + end] = _explained(honest, fit, epsilon)
+        measures["GCV" + end] = fit.gcv(_ridge(honest, epsilon))
+        measures["alignment" + end] = alignment(honest, unseen, targets)
     return {name: measures[name] for name in PREDICTORS if name != STATIC}
 
 
@@ -121,8 +122,29 @@ def explained(kernels: LayerKernels, chosen: Collection[str], epsilon: float) ->
     Returns:
         The relative decrease of r'(K + s I)^-1 r against the head alone.
     """
-    gram = kernel_of(kernels, chosen)
-    return _explained(kernels, RidgeRegression.of(gram, kernels.residual), epsilon)
+    honest = kernels.honest
+    gram = kernel_of(honest, chosen)
+    return _explained(honest, RidgeRegression.of(gram, honest.residual), epsilon)
+
+
+def alignment(kernels: LayerKernels, gram: Array, targets: Array) -> float:
+    """Return the alignment of a kernel with targets, the mean over folds.
+
+    Args:
+        kernels: The kernels of all layers.
+        gram: ``(k, k)`` kernel of some of them; a zero one has alignment 0.
+        targets: ``(k, t)`` targets.
+    """
+    return float(
+        np.mean(
+            [
+                distance.alignment(gram[np.ix_(rows, rows)], targets[rows])
+                if gram[np.ix_(rows, rows)].any()
+                else 0.0
+                for rows in kernels.folds
+            ]
+        )
+    )
 
 
 def gradient_norm(gram: Array, residual: Array) -> float:

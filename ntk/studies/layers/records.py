@@ -5,11 +5,12 @@ outside the blocks are left out, except a classification head: it is always tune
 its kernel is added to that of any layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ntk.kernels import LayerKernel, layer_spaces
@@ -18,6 +19,7 @@ from ntk.measures import Array, gram_matrix
 from ntk.spaces import Head, LowRank, Maps, parse_space, resolve
 from ntk.studies.encoding import by_row, selected
 from ntk.studies.folder import Cell, Record
+from ntk.studies.folds import HeldOut, block_diagonal, held_out, outputs_out_of_fold
 from ntk.studies.protocol import Protocol, ScoredSplit, description
 from ntk.studies.tuned import scores_of, tuned_on
 from rocoft.models import Architecture, SelectionError
@@ -40,6 +42,10 @@ class LayerKernels:
             margin the column of the second label.
         labels: ``(k, t)`` one-hot labels minus their mean.
         outputs: Number of consecutive rows per example.
+        folds: Rows of each fold. Kernels between examples of different folds are zero
+            and unknown.
+        unseen: The same under heads that have not seen the examples' labels, for what
+            is measured with labels; None if that is so here.
     """
 
     layers: dict[str, LayerKernel]
@@ -47,6 +53,13 @@ class LayerKernels:
     residual: Array
     labels: Array
     outputs: int
+    folds: tuple[NDArray[np.intp], ...]
+    unseen: "LayerKernels | None" = None
+
+    @property
+    def honest(self) -> "LayerKernels":
+        """The kernels under heads that have not seen the examples' labels."""
+        return self if self.unseen is None else self.unseen
 
     @classmethod
     def of(cls, record: Record) -> "LayerKernels":
@@ -67,17 +80,22 @@ class LayerKernels:
         }
         rows = len(next(iter(kernels.values())))
         labels, f0 = np.array(record["train_labels"]), np.array(record["own_outputs"])
+        unseen = record.get("unseen")
         residual = starting_residual(labels, f0)
         # One column per output, even if a label has no example.
         targets = np.eye(f0.shape[1])[labels]
         margin = record["reduction"] == "margin"
         flat = lambda r: r[:, 1:] if margin else by_row(r, rows)
+        outputs = rows // len(labels)
+        folds = record.get("folds") or [range(len(labels))]
         return cls(
             layers,
             np.zeros((rows, rows)) if base is None else base,
             flat(residual),
             flat(targets - targets.mean(axis=0)),
-            rows // len(labels),
+            outputs,
+            tuple(_rows(fold, outputs) for fold in folds),
+            None if unseen is None else cls.of({**record, "unseen": None, **unseen}),
         )
 
 
@@ -149,7 +167,9 @@ def layer_records(
         if backbone.readout != "head":
             layers.pop(HEAD, None)
         kept = {n: each for n, each in layers.items() if n.isdigit() or n == HEAD}
-        kernels = protocol.kernels(backbone, data, kept).kernels
+        compute = lambda _, kept=kept: protocol.kernels(backbone, data, kept).kernels
+        kernels = compute(data)
+        folds = held_out(backbone, split, data, compute)
         maps = resolve(kept, backbone.module)
         architecture = Architecture(backbone.module)
         records.append(
@@ -164,6 +184,7 @@ def layer_records(
                     n: _triangle(data.in_split_order(kernels[n])) for n in kept
                 },
                 "left_out": [name for name in layers if name not in kept],
+                "unseen": _unseen(folds, kept),
             }
         )
     return records
@@ -202,6 +223,23 @@ def fine_tuning_records(
             }
         )
     return records
+
+
+def _rows(examples: Sequence[int], outputs: int) -> NDArray[np.intp]:
+    """Return the rows of a Gram matrix that belong to some examples."""
+    first = np.asarray(examples)[:, None] * outputs
+    return (first + np.arange(outputs)).ravel()
+
+
+def _unseen(folds: Sequence[HeldOut], names: Iterable[str]) -> Record | None:
+    """Return the fields of a record that differ under heads fitted without a fold."""
+    if not folds:
+        return None
+    return {
+        "folds": [list(fold.held) for fold in folds],
+        "own_outputs": outputs_out_of_fold(folds).tolist(),
+        "kernels": {name: _triangle(block_diagonal(folds, name)) for name in names},
+    }
 
 
 def _triangle(kernel: Tensor) -> list[list[float]]:

@@ -58,13 +58,14 @@ class Choice:
         Returns:
             The orders by rule; random ones are called "random 0", "random 1", ...
         """
-        layers, r, base = kernels.layers, kernels.residual, kernels.base
+        layers, base, honest = kernels.layers, kernels.base, kernels.honest
+        unseen, r = honest.layers, honest.residual
         budget, epsilon = self.budget, self.epsilon
         orders = [
-            target_aware(layers, r, budget=budget, base=base, epsilon=epsilon),
+            target_aware(unseen, r, budget=budget, base=honest.base, epsilon=epsilon),
             least_growth(layers, budget=budget, base=base, epsilon=epsilon),
-            gradient_norm(layers, r, budget=budget),
-            kernel_alignment(layers, r, budget=budget),
+            gradient_norm(unseen, r, budget=budget),
+            kernel_alignment(unseen, r, budget=budget),
             first_layers(layers, budget=budget),
             last_layers(layers, budget=budget),
             *(random_layers(layers, seed=s, budget=budget) for s in range(self.draws)),

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from ntk.layer_selection import LayerOrder
-from ntk.measures import Array, Bracket, brackets, distance, gram_matrix, spectrum
+from ntk.measures import Array, Bracket, brackets, gram_matrix, spectrum
 from ntk.reporting import Row, across, points, select, spread, standard_error
 from ntk.studies.folder import Key, Record
 from ntk.studies.layers.correlation import FEWEST, noise, rank_correlation
 from ntk.studies.layers.predictors import (
     PREDICTORS,
     STATIC,
+    alignment,
     explained,
     gradient_norm,
     kernel_of,
@@ -182,12 +183,16 @@ def _of_layer(kernels: LayerKernels, name: str, epsilon: float) -> dict[str, flo
     total = np.trace(kernels.base) + sum(
         float(np.trace(gram_matrix(each.kernel))) for each in kernels.layers.values()
     )
-    r = kernels.residual
+    honest = kernels.honest
+    unseen = honest.base
+    if name != HEAD:
+        unseen = gram_matrix(honest.layers[name].kernel).numpy()
+    r = honest.residual
     return {
         "trace_share": float(np.trace(gram)) / total,
         "largest_eigenvalue": float(spectrum.eigenvalues(gram)[0]),
-        "alignment": distance.alignment(gram, r) if gram.any() else 0.0,
-        "gradient_norm": gradient_norm(gram, r),
+        "alignment": alignment(honest, unseen, r),
+        "gradient_norm": gradient_norm(unseen, r),
         "drop": explained(kernels, () if name == HEAD else (name,), epsilon),
     }
 
