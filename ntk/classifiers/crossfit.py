@@ -7,11 +7,14 @@ the training examples is predicted under a head that was fitted without it:
     f(x_i) = f0_j(x_i) + K_j(x_i, R_j) a,    i in fold j, R_j the examples outside it,
 
 with K_j and f0_j the kernel and the outputs under the j-th head, and a fitted on R_j.
-Every example is predicted once, by classifiers that never saw its label.
+Every example is predicted once, by classifiers that never saw its label. The best of a
+grid of scores is too good, because it is partly luck: the score that is reported takes
+each fold at the grid point that is best on the other folds.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,13 +46,14 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class CrossFitted:
-    """The grid point with the best out-of-fold score.
+    """The grid point with the best out-of-fold score, and what choosing so is worth.
 
     Attributes:
         regularisation: alpha for ridge, C for the others.
         offset_scale: s of the start s f0; 0 means no f0.
-        score: The judge's score on the out-of-fold outputs.
-        outputs: ``(n, c)`` out-of-fold outputs.
+        score: The judge's score on `outputs`.
+        outputs: ``(n, c)`` out-of-fold outputs, of each fold at the grid point that is
+            best on the other folds.
     """
 
     regularisation: float
@@ -109,20 +113,34 @@ def cross_fit(
                 regularisations=regularisations,
             )
         )
-    points = [_joined(parts, folds) for parts in zip(*by_fold, strict=True)]
-    best, scores = best_point(points, y, judge, method)
-    point = points[best]
+    everywhere = range(len(folds))
+    point = by_fold[0][_best(by_fold, folds, y, everywhere, judge, method)]
+    outputs = np.empty((len(y), by_fold[0][0].outputs.shape[1]))
+    for j, fold in enumerate(folds):
+        others = [i for i in everywhere if i != j] or [j]
+        chosen = by_fold[j][_best(by_fold, folds, y, others, judge, method)]
+        outputs[list(fold.held)] = chosen.outputs
     return CrossFitted(
-        point.regularisation, point.offset_scale, scores[best], point.outputs
+        point.regularisation, point.offset_scale, float(judge(outputs, y)), outputs
     )
 
 
-def _joined(parts: Sequence[Point], folds: Sequence[Fold]) -> Point:
-    """Return one grid point of all folds, with outputs in the order of the examples."""
-    sizes = [len(fold.held) for fold in folds]
-    outputs = np.empty((sum(sizes), parts[0].outputs.shape[1]))
-    for part, fold in zip(parts, folds, strict=True):
-        outputs[list(fold.held)] = part.outputs
-    losses = [part.loss for part in parts if part.loss is not None]
-    loss = float(np.average(losses, weights=sizes)) if losses else None
-    return Point(parts[0].regularisation, parts[0].offset_scale, outputs, loss)
+def _best(
+    by_fold: Sequence[Sequence[Point]],
+    folds: Sequence[Fold],
+    labels: NDArray[Any],
+    among: Sequence[int],
+    judge: Judge,
+    method: str,
+) -> int:
+    """Return the index of the grid point that is best on some of the folds."""
+    sizes = [len(folds[i].held) for i in among]
+    held = np.concatenate([np.asarray(folds[i].held, dtype=int) for i in among])
+    points = []
+    for parts in zip(*(by_fold[i] for i in among), strict=True):
+        outputs = np.concatenate([part.outputs for part in parts])
+        losses = [part.loss for part in parts if part.loss is not None]
+        loss = float(np.average(losses, weights=sizes)) if losses else None
+        first = parts[0]
+        points.append(Point(first.regularisation, first.offset_scale, outputs, loss))
+    return best_point(points, labels[held], judge, method)[0]

@@ -7,7 +7,11 @@ from numpy.testing import assert_allclose
 from sklearn.model_selection import StratifiedKFold
 
 from ntk.classifiers.crossfit import Fold, cross_fit
-from ntk.classifiers.estimators import KernelLogisticRegression, KernelRidgeClassifier
+from ntk.classifiers.estimators import (
+    CS,
+    KernelLogisticRegression,
+    KernelRidgeClassifier,
+)
 from ntk.measures.gram import contrasts
 
 N = 24
@@ -36,9 +40,10 @@ def draw(c, count=3, seed=0):
 def test_it_is_a_loop_over_folds_and_grid(method, c, offset):
     y, folds = draw(c)
     grid = [1e-2, 1.0, 1e2]
-    by_value = {}
+    Q = contrasts(c).numpy()
+    outputs, losses = {}, {}
     for value in grid:
-        outputs, losses = np.zeros((N, c)), []
+        outputs[value], losses[value] = np.zeros((N, c)), np.zeros(N)
         for fold in folds:
             rest = [i for i in range(N) if i not in fold.held]
             held = list(fold.held)
@@ -50,22 +55,33 @@ def test_it_is_a_loop_over_folds_and_grid(method, c, offset):
             machine.fit(fold.kernel[np.ix_(rest, rest)], y[rest], **start)
             start = {"offset": fold.f0[held]} if offset else {}
             K = fold.kernel[np.ix_(held, rest)]
-            outputs[held] = machine._logits(K, start.get("offset"))
+            outputs[value][held] = machine._logits(K, start.get("offset"))
             if method == "ridge":
-                Q = contrasts(c).numpy()
-                squares = ((outputs[held] - np.eye(c)[y[held]]) @ Q) ** 2
-                losses += squares.mean(axis=1).tolist()
+                squares = ((outputs[value][held] - np.eye(c)[y[held]]) @ Q) ** 2
+                losses[value][held] = squares.mean(axis=1)
             else:
                 p = machine.predict_proba(K, **start)
-                losses += (-np.log(p[range(len(held)), y[held]])).tolist()
-        by_value[value] = (accuracy(outputs, y), -np.mean(losses), outputs)
-    best = max(grid, key=lambda value: by_value[value][:2])
+                losses[value][held] = -np.log(p[range(len(held)), y[held]])
+
+    def best(rows):
+        return max(
+            grid,
+            key=lambda v: (
+                accuracy(outputs[v][rows], y[rows]),
+                -losses[v][rows].mean(),
+            ),
+        )
+
     found = cross_fit(
         folds, y, judge=accuracy, method=method, offset=offset, regularisations=grid
     )
-    assert found.regularisation == best
-    assert found.score == by_value[best][0]
-    assert_allclose(found.outputs, by_value[best][2], rtol=1e-6, atol=1e-8)
+    assert found.regularisation == best(list(range(N)))
+    expected = np.zeros((N, c))
+    for fold in folds:
+        others = [i for i in range(N) if i not in fold.held]
+        expected[list(fold.held)] = outputs[best(others)][list(fold.held)]
+    assert_allclose(found.outputs, expected, rtol=1e-6, atol=1e-8)
+    assert found.score == accuracy(expected, y)
 
 
 def test_labels_that_only_the_head_has_seen_are_not_learnt():
@@ -91,3 +107,27 @@ def test_each_example_must_be_held_out_once():
         cross_fit(folds[:2], y, judge=accuracy)
     with pytest.raises(ValueError, match=r"hold out 24 examples, 16 of them distinct"):
         cross_fit([folds[0], folds[0], folds[1]], y, judge=accuracy)
+
+
+def test_the_score_of_a_choice_is_no_better_than_chance_on_noise():
+    """The best of a grid of scores would be."""
+    scores, best = [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        y, x = np.arange(32) % 2, rng.normal(size=(32, 40))
+        folds = [
+            Fold(tuple(held), (x @ x.T)[..., None, None], np.zeros((32, 2)))
+            for _, held in StratifiedKFold(2, shuffle=True, random_state=seed).split(
+                y, y
+            )
+        ]
+        found = cross_fit(folds, y, judge=accuracy, method="svm")
+        scores.append(found.score)
+        single = [
+            cross_fit(folds, y, judge=accuracy, method="svm", regularisations=[C]).score
+            for C in CS
+        ]
+        best.append(max(single))
+    error = np.std(scores, ddof=1) / len(scores) ** 0.5
+    assert abs(np.mean(scores) - 0.5) < 3 * error
+    assert np.mean(best) > np.mean(scores)
