@@ -2,9 +2,9 @@
 
 On each task, `ntk.compare` under a head that was fitted to the training examples:
 
-- with permuted training labels every internal score (the out-of-fold accuracies by
-  which regularisations are chosen, and alignment against its permutations) should be
-  chance within three standard errors;
+- with permuted training labels every internal score (out-of-fold accuracies, and alignment
+  against its permutations within folds) should be chance within three standard errors,
+  on the mean over permutations;
 - with the labels as they are the out-of-fold accuracy of the full kernel should be the
   accuracy on fresh examples within two standard errors of their difference. It is that
   of half the training examples, so it may be a little lower.
@@ -17,6 +17,7 @@ The leave-one-out accuracy, which the head has seen the labels of, is shown besi
 import argparse
 import json
 import math
+import statistics
 import sys
 import warnings
 from dataclasses import replace
@@ -35,7 +36,7 @@ TASKS = (
     *("sst2", "sst5", "mr", "cr", "mpqa", "subj", "trec", "ag_news"),
     *("mnli", "snli", "qnli", "rte", "mrpc", "qqp"),
 )
-PERMUTATIONS = 4
+PERMUTATIONS = 10
 """Permutations of the training labels, whose scores are averaged."""
 KINDS = ("ridge", "logistic", "svm")
 
@@ -62,27 +63,30 @@ def permuted(split, seed):
 
 
 def chance_errors(records):
-    """Return the distances of mean internal scores from chance, in standard errors."""
-    each = [_chance_errors(record) for record in records]
-    return {
-        name: sum(errors[name] for errors in each) / math.sqrt(len(each))
-        for name in each[0]
-    }
+    """Return the distances of internal scores from chance, in standard errors.
+
+    The errors are those of the mean over permutations, by their own spread: scores of
+    one permutation are no independent trials, because its examples share a classifier.
+    """
+    each = [_from_chance(record) for record in records]
+    distances = {}
+    for name in each[0]:
+        values = [scores[name] for scores in each]
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        distances[name] = statistics.mean(values) / error
+    return distances
 
 
-def _chance_errors(record):
-    n, c = record["task"]["train"], record["task"]["outputs"]
-    error = math.sqrt((1 / c) * (1 - 1 / c) / n)
-    rows = {}
+def _from_chance(record):
+    """Return the differences of internal scores from chance."""
+    scores = {}
     for entry in record["spaces"]:
         for kind in KINDS:
             score = entry["classifiers"][kind]["selection"]
-            rows[f"{entry['label']} {kind}"] = (score - 1 / c) / error
+            scores[f"{entry['label']} {kind}"] = score - 1 / record["task"]["outputs"]
         a = entry["alignment"]
-        rows[f"{entry['label']} alignment"] = (a["value"] - a["null_mean"]) / a[
-            "null_std"
-        ]
-    return rows
+        scores[f"{entry['label']} alignment"] = a["value"] - a["null_mean"]
+    return scores
 
 
 def measured(name, data_dir, seed, size):
