@@ -2,9 +2,9 @@
 
 On each task, `ntk.compare` under a head that was fitted to the training examples:
 
-- with permuted training labels every internal score (out-of-fold accuracies, and alignment
-  against its permutations within folds) should be chance within three standard errors,
-  on the mean over permutations;
+- with permuted training labels every internal score (out-of-fold accuracies, and
+  alignment against its permutations within folds) should be chance within three
+  standard errors, on the mean over permutations;
 - with the labels as they are the out-of-fold accuracy of the full kernel should be the
   accuracy on fresh examples within two standard errors of their difference. It is that
   of half the training examples, so it may be a little lower.
