@@ -25,50 +25,86 @@ from pathlib import Path
 
 import numpy as np
 
-from ntk.scale import Resources, kernels
-from ntk.spaces import Rows
-from ntk.studies.comparison.record import evaluate, fold_kernels
-from ntk.studies.comparison.subject import Comparison
+from ntk import Full, Head, KernelRidgeClassifier, Rows, empirical_ntk
+from ntk.classifiers import cross_fit
+from ntk.measures import distance
+from ntk.studies.encoding import encode_split
+from ntk.studies.folds import held_out
 from rocoft.data import lmbff_split, load_task
 from rocoft.models import load_backbone
 
 TASKS = (
-    *("sst2", "sst5", "mr", "cr", "mpqa", "subj", "trec", "ag_news"),
-    *("mnli", "snli", "qnli", "rte", "mrpc", "qqp"),
+    *("sst2", "mr", "cr", "mpqa", "subj", "qqp", "mrpc", "rte", "qnli"),
+    *("trec", "sst5", "ag_news", "snli", "mnli"),
 )
 PERMUTATIONS = 10
 """Permutations of the training labels, whose scores are averaged."""
 KINDS = ("ridge", "logistic", "svm")
+SPACES = {"full": Full(), "rows:3": Rows(3) + Head()}
 
 
-def record_of(split, *, folds=True):
-    """Return the record of a comparison of rows 3 with the full kernel."""
-    backbone = load_backbone(None, split)
-    compared = Comparison.of(backbone, split, [Rows(3)])
-    computation = kernels(compared.work)
-    held = fold_kernels(compared, Resources()) if folds else None
-    return evaluate(compared, computation, folds=held).record
+def accuracy(outputs, labels):
+    """Return the share of labels with the largest output."""
+    return float((outputs.argmax(axis=1) == labels).mean())
+
+
+class Scored:
+    """A split, its folds and what is measured on them with labels."""
+
+    def __init__(self, backbone, split):
+        self.split = replace(split, dev=(), test=())
+        self.labels = np.array([example.label for example in split.train])
+        data = encode_split(backbone, self.split, 32, "cpu")
+        self.folds = held_out(
+            *(backbone, self.split, data),
+            lambda train: empirical_ntk(
+                backbone.module, train.batches, space=SPACES, reduce="contrast"
+            ),
+        )
+
+    def accuracies(self, space):
+        """Return the out-of-fold accuracy of each classifier."""
+        folds = [fold.fold(fold.kernels[space]) for fold in self.folds]
+        return {
+            kind: cross_fit(folds, self.labels, judge=accuracy, method=kind).score
+            for kind in KINDS
+        }
+
+    def from_chance(self):
+        """Return the differences of all internal scores from chance."""
+        c = len(self.split.task.labels)
+        scores = {}
+        for space in SPACES:
+            for kind, score in self.accuracies(space).items():
+                scores[f"{space} {kind}"] = score - 1 / c
+            scores[f"{space} alignment"] = statistics.mean(
+                self._alignment(fold, space, c) for fold in self.folds
+            )
+        return scores
+
+    def _alignment(self, fold, space, c):
+        kernel = fold.unseen(space).diagonal(dim1=2, dim2=3).sum(-1).numpy()
+        targets = np.eye(c)[self.labels[list(fold.held)]] - 1 / c
+        null = distance.permutation_alignment(kernel, targets, seed=0, draws=200)
+        return null.observed - null.mean
 
 
 def permuted(split, seed):
-    """Return the split with permuted training labels and few test examples."""
-    labels = np.random.default_rng(seed).permutation(
-        [example.label for example in split.train]
-    )
+    """Return the split with permuted training labels."""
+    labels = np.random.default_rng(seed).permutation([e.label for e in split.train])
     train = tuple(
         replace(example, label=int(label))
         for example, label in zip(split.train, labels, strict=True)
     )
-    return replace(split, train=train, test=split.test[:2])
+    return replace(split, train=train)
 
 
-def chance_errors(records):
-    """Return the distances of internal scores from chance, in standard errors.
+def chance_errors(each):
+    """Return the distances of mean internal scores from chance, in standard errors.
 
     The errors are those of the mean over permutations, by their own spread: scores of
     one permutation are no independent trials, because its examples share a classifier.
     """
-    each = [_from_chance(record) for record in records]
     distances = {}
     for name in each[0]:
         values = [scores[name] for scores in each]
@@ -77,38 +113,43 @@ def chance_errors(records):
     return distances
 
 
-def _from_chance(record):
-    """Return the differences of internal scores from chance."""
-    scores = {}
-    for entry in record["spaces"]:
-        for kind in KINDS:
-            score = entry["classifiers"][kind]["selection"]
-            scores[f"{entry['label']} {kind}"] = score - 1 / record["task"]["outputs"]
-        a = entry["alignment"]
-        scores[f"{entry['label']} alignment"] = a["value"] - a["null_mean"]
-    return scores
-
-
 def measured(name, data_dir, seed, size):
     """Return what is measured on one task."""
     task = load_task(name, data_dir)
-    split = replace(lmbff_split(task, 16, seed, test_size=size), dev=())
-    record = record_of(split)
-    full = record["spaces"][0]["classifiers"]["ridge"]
-    p, q, n, m = full["selection"], full["accuracy"], len(split.train), len(split.test)
-    error = math.sqrt(p * (1 - p) / n + q * (1 - q) / m)
-    leaking = record_of(replace(split, test=split.test[:2]), folds=False)
+    split = lmbff_split(task, 16, seed, test_size=size)
+    backbone = load_backbone(None, split)
     chance = chance_errors(
-        [record_of(permuted(split, seed)) for seed in range(PERMUTATIONS)]
+        [
+            Scored(backbone, permuted(split, s)).from_chance()
+            for s in range(PERMUTATIONS)
+        ]
     )
     worst = max(chance, key=lambda score: abs(chance[score]))
+    scored = Scored(backbone, split)
+    data = encode_split(backbone, replace(split, dev=()), 32, "cpu")
+    kernel = data.in_split_order(
+        empirical_ntk(
+            backbone.module,
+            data.batches,
+            data.batches[: data.train_batches],
+            space=Full(),
+            reduce="contrast",
+        )
+    ).numpy()
+    n, m = len(split.train), len(split.test)
+    machine = KernelRidgeClassifier().fit(kernel[:n], scored.labels)
+    p, q = (
+        scored.accuracies("full")["ridge"],
+        machine.score(kernel[n:], data.labels[n:]),
+    )
+    error = math.sqrt(p * (1 - p) / n + q * (1 - q) / m)
     return {
         "task": name,
         "out_of_fold": p,
         "fresh": q,
         "standard_error": error,
         "within_two": abs(p - q) <= 2 * error,
-        "leave_one_out": leaking["spaces"][0]["classifiers"]["ridge"]["selection"],
+        "leave_one_out": machine.loo_accuracy_,
         "permuted_worst": {"score": worst, "standard_errors": chance[worst]},
         "permuted_within_three": abs(chance[worst]) <= 3,
     }
