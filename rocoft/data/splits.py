@@ -193,8 +193,8 @@ def stratified_folds(
         The indices of the training examples of each fold, ascending.
 
     Raises:
-        TaskError: If a label has fewer training examples than there are folds: the
-            examples outside a fold must have every label.
+        TaskError: If there are fewer than two folds, or a label has fewer training
+            examples than there are folds.
 
     >>> from rocoft.data import few_shot, load_task
     >>> split = few_shot(load_task("reviews"), 4, 8, 0)
@@ -203,12 +203,14 @@ def stratified_folds(
     """
     labels = np.array([example.label for example in split.train])
     counts = Counter(labels.tolist())
+    if count < 2:
+        raise TaskError(f"folds={count}; expected 2 folds or more.")
     for label, name in enumerate(split.task.labels):
-        if counts[label] < count or count < 2:
+        if counts[label] < count:
             raise TaskError(
                 f"label {name!r} of task {split.task.name!r} has {counts[label]} "
-                f"training examples, and folds={count} needs 2 folds or more with one "
-                "of each label. Raise --shots, or take a head that sees no labels "
+                f"training examples, fewer than folds={count}, so that a fold would "
+                "lack it. Raise --shots, or take a head that sees no labels "
                 "(--head-init random)."
             )
     folds = StratifiedKFold(

@@ -145,10 +145,11 @@ def _evaluated(
 ) -> records.Evaluation | None:
     """Compute and measure the kernels of one split; None in a helping process."""
     group, processes = options.kernels, resources.processes
-    computation = kernels(compared.work, resources, progress=progress)
+    # Folds first: they are quick, and may not be possible.
     folds = records.fold_kernels(
         compared, resources, count=group.folds, progress=progress
     )
+    computation = kernels(compared.work, resources, progress=progress)
     if processes is not None and not processes.is_first:
         return None
     return records.evaluate(

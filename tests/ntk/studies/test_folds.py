@@ -82,9 +82,9 @@ def test_a_head_that_has_seen_no_labels_needs_no_folds(folder, options):
 
 def test_a_label_with_fewer_examples_than_folds_is_refused(folder):
     compared = Comparison.of(load(folder), SPLIT, [Rows(2)])
-    with pytest.raises(TaskError, match="has 4 training examples, and folds=5"):
+    with pytest.raises(TaskError, match="has 4 training examples, fewer than folds=5"):
         fold_kernels(compared, Resources(), count=5)
-    with pytest.raises(TaskError, match="folds=1 needs 2 folds or more"):
+    with pytest.raises(TaskError, match="folds=1; expected 2 folds or more"):
         fold_kernels(compared, Resources(), count=1)
 
 

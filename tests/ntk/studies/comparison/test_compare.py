@@ -365,7 +365,7 @@ def interrupt(*args, **options):
 
 
 def test_interrupted(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "kernels", interrupt)
+    monkeypatch.setattr(evaluation, "fold_kernels", interrupt)
     assert run(*TINY, "--output", tmp_path / "runs") == 130
     assert "interrupted; no report was written" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
