@@ -37,8 +37,6 @@ TASKS = (
     *("sst2", "mr", "cr", "mpqa", "subj", "qqp", "mrpc", "rte", "qnli"),
     *("trec", "sst5", "ag_news", "snli", "mnli"),
 )
-PERMUTATIONS = 10
-"""Permutations of the training labels, whose scores are averaged."""
 KINDS = ("ridge", "logistic", "svm")
 SPACES = {"full": Full(), "rows:3": Rows(3) + Head()}
 
@@ -113,7 +111,7 @@ def chance_errors(each):
     return distances
 
 
-def measured(name, data_dir, seed, size):
+def measured(name, data_dir, seed, size, permutations):
     """Return what is measured on one task."""
     task = load_task(name, data_dir)
     split = lmbff_split(task, 16, seed, test_size=size)
@@ -121,7 +119,7 @@ def measured(name, data_dir, seed, size):
     chance = chance_errors(
         [
             Scored(backbone, permuted(split, s)).from_chance()
-            for s in range(PERMUTATIONS)
+            for s in range(permutations)
         ]
     )
     worst = max(chance, key=lambda score: abs(chance[score]))
@@ -162,12 +160,16 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seed", type=int, default=13)
     parser.add_argument("--test-size", type=int, default=500)
+    parser.add_argument("--permutations", type=int, default=10)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []
     for name in options.tasks:
-        row = measured(name, options.data_dir, options.seed, options.test_size)
+        row = measured(
+            *(name, options.data_dir, options.seed, options.test_size),
+            options.permutations,
+        )
         rows.append(row)
         print(  # noqa: T201
             f"{name:8} out of fold {100 * row['out_of_fold']:5.1f} %, fresh "
