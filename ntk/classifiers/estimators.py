@@ -22,6 +22,13 @@ of infinitely regularised ridge or logistic regression.
 Regularisation is in units of ``scale_``, the mean diagonal entry of the Gram matrix, or
 chosen on the training examples by leaving out whole examples. Cross-validation with an
 offset needs scikit-learn's metadata routing, `set_fit_request` and `set_score_request`.
+
+On resampled 16-shot draws of ten pairs of model and task, the alpha that leave-one-out
+chooses is 2.4 +- 0.3 points below the best one in hindsight. A normal prior of log10
+alpha around 0 with a deviation of one decade gains 0.5 +- 0.2 points over it,
+but with the deviation chosen on the other model and tasks 0.4 +- 0.3; fixed strengths
+so chosen 0.3 +- 0.3, cosine normalisation 0.3 +- 0.3. None is a safe default
+(``figures/ridge_strength.json``, its command inside; jackknife errors over the pairs).
 """
 
 import warnings
