@@ -21,8 +21,9 @@ from functools import partial
 import numpy as np
 import scipy.linalg
 
-from ntk.classifiers.base import Array, RidgeClassifier, Solution
+from ntk.classifiers.base import Array
 from ntk.classifiers.estimators import ALPHAS
+from ntk.classifiers.ridge import RidgeClassifier, Solution
 
 __all__ = [
     "AsymmetricRidgeClassifier",

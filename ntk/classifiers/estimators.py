@@ -47,12 +47,11 @@ from ntk.classifiers.base import (
     KernelClassifier,
     Labels,
     Maybe,
-    RidgeClassifier,
-    Solution,
     regularisations,
 )
 from ntk.classifiers.logistic import logistic_path
 from ntk.classifiers.outputs import MARGIN, Outputs
+from ntk.classifiers.ridge import RidgeClassifier, Solution
 from ntk.measures import PSD_TOLERANCE, eigensystem, left_out_residuals, numerical_rank
 
 __all__ = ["KernelLogisticRegression", "KernelRidgeClassifier", "KernelSVC"]
