@@ -67,7 +67,7 @@ class Measurement:
         self.n = data.train
         self.kernels = kernels
         self.symmetric = kind != "asymmetric_signgd"
-        self.offset = outputs if offset else None
+        self.outputs, self.offset = outputs, offset
         self.seed, self.folds = seed, folds
         self.train, self.test = data.labels[: self.n], data.labels[self.n :]
         c, self.b = outputs.shape[1], next(iter(kernels.values())).shape[2]
@@ -211,7 +211,7 @@ class Measurement:
                 self.train,
                 judge=_accuracy,
                 method=method,
-                offset=bool(self._start(slice(0), method)),
+                offset=self._starts(method),
             )
             model.set_params(**{parameter: result.regularisation})
             selection = result.score
@@ -229,9 +229,11 @@ class Measurement:
 
     def _start(self, rows: slice, method: Method) -> dict[str, Array]:
         """Return the model's outputs where a classifier is to start from them."""
-        if self.offset is None or method == "svm":
-            return {}
-        return {"offset": self.offset[rows]}
+        return {"offset": self.outputs[rows]} if self._starts(method) else {}
+
+    def _starts(self, method: Method) -> bool:
+        """Whether a classifier is to start from the model's outputs; an SVM cannot."""
+        return self.offset and method != "svm"
 
 
 def _accuracy(outputs: Array, labels: NDArray[Any]) -> float:

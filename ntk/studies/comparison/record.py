@@ -154,7 +154,6 @@ def evaluate(
             else {"found": kept.parts_found, "problem": kept.problem},
         },
         "f0": {"accuracy": accuracy},
-        "test": [[e.a, e.b, int(e.label)] for e in split.test],
         "spaces": entries,
         "random": random,
         "shuffled": shuffled,

@@ -61,7 +61,7 @@ def run(options: CompareOptions, command: str) -> list[str]:
     silent = options.output.silent or helps
     if not silent and options.model.model is None:
         print("model: embedded MiniLM-L6; name another with --model")  # noqa: T201
-    task, evaluations = options.task.load(), []
+    task, evaluations, tests = options.task.load(), [], set()
     for number in range(options.task.splits):
         start = time.perf_counter()
         seed = options.task.seed + number
@@ -84,6 +84,7 @@ def run(options: CompareOptions, command: str) -> list[str]:
             timing = evaluation.record["timing"]
             evaluation.record["timing"] = {"load": loaded, **timing}
             evaluations.append(evaluation)
+            tests.add(split.test)
     if helps or folder is None:
         return []
     record = {
@@ -91,7 +92,9 @@ def run(options: CompareOptions, command: str) -> list[str]:
         "command": command,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions("numpy", "scikit-learn"),
-        **over_splits([evaluation.record for evaluation in evaluations]),
+        **over_splits(
+            [evaluation.record for evaluation in evaluations], same_test=len(tests) == 1
+        ),
     }
     with replacing_folder(folder) as part:
         report.write_report(record, part)

@@ -15,11 +15,12 @@ AVERAGED = ("distance", "body_distance", "spectrum", "alignment")
 """Scalar measures of a space."""
 
 
-def over_splits(records: Sequence[Record]) -> Record:
+def over_splits(records: Sequence[Record], *, same_test: bool) -> Record:
     """Join the records of several splits.
 
     Args:
         records: One record for each split, of the same spaces.
+        same_test: Whether the splits share the test examples.
 
     Returns:
         The first record with the means over the splits of measures and accuracies;
@@ -40,11 +41,10 @@ def over_splits(records: Sequence[Record]) -> Record:
         joined[name] = _mean([record[name] for record in records])
     for name in joined["timing"]:
         joined["timing"][name] = sum(record["timing"][name] for record in records)
-    tests = [record["test"] for record in records]
     joined["splits"] = {
         "count": len(records),
         "seeds": [record["task"]["seed"] for record in records],
-        "same_test": all(test == tests[0] for test in tests),
+        "same_test": same_test,
     }
     return joined
 
