@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntk.gradients import Batch, ContrastReadout, calibrate, evaluating, logits
+from ntk.gradients import Batch, ContrastReadout, calibrate
+from ntk.linearization import evaluated
 from ntk.measures import contrasts
 from ntk.spaces import Space
 from rocoft.data import Split
@@ -113,9 +114,8 @@ def own_outputs(
         ``(n, c)`` outputs in the order of the split; logits less their mean over the
         classes, which no softmax sees.
     """
-    with evaluating(backbone.module), torch.no_grad():
-        rows = [logits(backbone.module(**batch)) for batch in data.batches]
-    outputs = torch.cat(rows).double().cpu().numpy()[np.argsort(data.order)]
+    values = evaluated(backbone.module, data.batches)
+    outputs = values.double().cpu().numpy()[np.argsort(data.order)]
     return np.asarray(
         outputs if regression else outputs - outputs.mean(axis=1, keepdims=True)
     )

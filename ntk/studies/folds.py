@@ -6,6 +6,7 @@ fold: `ntk.classifiers.crossfit` has the equation.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from rocoft.data import Split, stratified_folds
 from rocoft.models import Backbone, heads_without
 
 Array = NDArray[np.float64]
+Encoded = TypeVar("Encoded", bound=EncodedSplit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +55,8 @@ class HeldOut:
 def held_out(
     backbone: Backbone,
     split: Split,
-    data: EncodedSplit,
-    compute: Callable[[EncodedSplit], Mapping[str, Tensor]],
+    data: Encoded,
+    compute: Callable[[Encoded], Mapping[str, Tensor]],
     *,
     count: int = 2,
 ) -> list[HeldOut]:
@@ -64,8 +66,8 @@ def held_out(
         backbone: The model.
         split: The split.
         data: Its examples.
-        compute: Computes the kernels of training examples, in the order of the
-            batches, with the head that the model then has.
+        compute: Computes the kernels of the training examples, which it is given, in
+            the order of the batches, with the head that the model then has.
         count: Number of folds.
 
     Returns:

@@ -182,10 +182,9 @@ def selection_records(
     result = protocol.kernels(backbone, data, spaces)
     kernels = {name: data.in_split_order(k) for name, k in result.kernels.items()}
     head = kernels.get(HEAD)
-    train = data.training()
     folds = held_out(
-        *(backbone, split, train),
-        lambda _: protocol.kernels(backbone, train, spaces).kernels,
+        *(backbone, split, data),
+        lambda train: protocol.kernels(backbone, train, spaces).kernels,
     )
     look = _Look(data, kernels[FULL], head, folds)
     total = sum(p.numel() for p in Architecture(backbone.module).parameters.values())

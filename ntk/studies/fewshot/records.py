@@ -68,10 +68,9 @@ def kernel_records(
     kernels = {
         name: data.in_split_order(kernel) for name, kernel in result.kernels.items()
     }
-    train = data.training()
     folds = held_out(
-        *(backbone, split, train),
-        lambda _: protocol.kernels(backbone, train, named, kind=kind).kernels,
+        *(backbone, split, data),
+        lambda train: protocol.kernels(backbone, train, named, kind=kind).kernels,
     )
     seconds = time.perf_counter() - start
     total = sum(p.numel() for p in Architecture(module).parameters.values())

@@ -167,7 +167,9 @@ def layer_records(
         if backbone.readout != "head":
             layers.pop(HEAD, None)
         kept = {n: each for n, each in layers.items() if n.isdigit() or n == HEAD}
-        compute = lambda _, kept=kept: protocol.kernels(backbone, data, kept).kernels
+        compute = lambda train, kept=kept: (
+            protocol.kernels(backbone, train, kept).kernels
+        )
         kernels = compute(data)
         folds = held_out(backbone, split, data, compute)
         maps = resolve(kept, backbone.module)
