@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom on what is in the repository."""
 
+import ast
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,24 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason="there are no notebooks yet")
+
+
+def imports(notebook):
+    """Yield the import statements of a notebook as text."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_is_there(path):
+    # Running a notebook is slow; a name that has moved is found at once.
+    statements = list(imports(nbformat.read(path, as_version=4)))
+    assert any("ntk" in statement for statement in statements)
+    for statement in statements:
+        exec(statement, {})
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ features and factors of all parameters to a file, and no other pass is needed
 
 import contextlib
 import ctypes
+import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -299,12 +300,28 @@ def compute_as_planned(
 def held(device: torch.device) -> int:
     """Return the memory that this process uses, in bytes; on a GPU that of tensors.
 
+    Freed memory is returned to the system first: what an earlier computation has left
+    behind is not in use, and would make the plan depend on what ran before.
+
     Args:
         device: The device whose memory is measured.
     """
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
+    gc.collect()
+    return_freed_memory()
     return int(psutil.Process().memory_info().rss)
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system.
+
+    glibc keeps freed memory between blocks in use, which took a fifth of a budget.
+    Other allocators, without `malloc_trim`, are left alone.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def room(device: torch.device, resources: Resources = Resources()) -> int:
@@ -322,9 +339,6 @@ def room(device: torch.device, resources: Resources = Resources()) -> int:
 def _returning_memory(progress: Progress | None, freeing: Collection[str]) -> Progress:
     """Return a progress callback that also returns freed memory to the system.
 
-    glibc keeps freed memory between blocks in use, which took a fifth of a budget.
-    Other allocators, without `malloc_trim`, are left alone.
-
     Args:
         progress: The callback to wrap.
         freeing: Kinds of steps after which memory is returned.
@@ -332,11 +346,10 @@ def _returning_memory(progress: Progress | None, freeing: Collection[str]) -> Pr
     Returns:
         The callback.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def report(step: str, done: int, total: int) -> None:
-        if trim is not None and step in freeing:
-            trim(0)
+        if step in freeing:
+            return_freed_memory()
         if progress is not None:
             progress(step, done, total)
 

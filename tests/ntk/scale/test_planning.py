@@ -165,6 +165,7 @@ def test_freed_memory_is_returned_if_the_budget_is_tight(bare, monkeypatch):
     for budget, times in ((10**9, 0), (40_000, None)):
         plan = plan_of(model, batches, 3, spaces=SPACES, memory=budget)
         progress = lambda *report: reports.append(report)
+        trimmed.clear()
         as_planned(model, batches, plan, spaces=SPACES, progress=progress)
         assert len(trimmed) == (
             times if times is not None else len(batches) * plan.passes
