@@ -35,16 +35,23 @@ from .function import (
 )
 from .jacobians import (
     Coordinates,
-    Key,
     TangentFunction,
     differentiated_twice,
+    differing,
     jacobian,
     looped,
-    map_keys,
     pushed,
+)
+from .judge import (
+    Key,
+    autograd_rows,
+    coordinate_rows,
+    map_keys,
+    output_gradients,
 )
 from .passes import sample
 from .rules import Use
+from .spot_checks import SpotChecks
 
 __all__ = [
     # for users
@@ -94,14 +101,21 @@ __all__ = [
     "to_batches",
     # jacobians
     "Coordinates",
-    "Key",
     "TangentFunction",
     "differentiated_twice",
+    "differing",
     "looped",
-    "map_keys",
     "pushed",
+    # judge
+    "Key",
+    "autograd_rows",
+    "coordinate_rows",
+    "map_keys",
+    "output_gradients",
     # passes
     "sample",
     # rules
     "Use",
+    # spot_checks
+    "SpotChecks",
 ]

@@ -11,8 +11,7 @@ arrives, so that the receiver can reduce it while it is in cache and free it.
 A call without a rule makes the parameter *unserved*; the definition serves it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -30,6 +29,7 @@ from ntk.gradients.function import (
     batch_length,
     check_finite,
 )
+from ntk.gradients.judge import requiring
 from ntk.gradients.rules import RULES, Alias, NotByExampleError, Use, bind
 
 
@@ -45,6 +45,9 @@ class Recorder(TorchFunctionMode):
         watched: For each hooked output, the uses that its gradient completes.
         leaves: Leaves of the autograd graph of the hooked outputs.
         arrived: Called with the index of a hooked output and its gradient.
+        live: Parameters that require gradients, see `record`.
+        reached: Those of them that autograd has reached.
+        silent: Parameters with a use whose gradient did not arrive.
         unserved: Parameters without a rule, and the reason.
         lengths: Numbers of positions of an example seen in tensors in which they
             lie behind its number, or behind it and that of its rows.
@@ -59,6 +62,9 @@ class Recorder(TorchFunctionMode):
     watched: list[list[Use]] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     arrived: Callable[[int, Tensor], None] | None = None
+    live: dict[str, nn.Parameter] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
     unserved: dict[str, str] = field(default_factory=dict)
     lengths: set[int] = field(default_factory=set)
     routed: bool = False
@@ -240,7 +246,7 @@ class Recorder(TorchFunctionMode):
             output = torch.ops.aten._unsafe_view(output, output.shape)
         try:
             uses = [u for u in rule(self, call, output) if u.name in self.wanted]
-        except NotByExampleError as error:
+        except (NotByExampleError, *FAILURES) as error:
             self._give_up(aliases, str(error))
             return output
         for use in uses:
@@ -288,7 +294,10 @@ class Recorder(TorchFunctionMode):
 
 
 def record(
-    function: NetworkFunction, batch: Batch, wanted: Collection[str]
+    function: NetworkFunction,
+    batch: Batch,
+    wanted: Collection[str],
+    live: Collection[str] = (),
 ) -> tuple[Tensor, Recorder]:
     """Run the model forward and record the uses of some parameters.
 
@@ -296,6 +305,8 @@ def record(
         function: The model and its readout.
         batch: The examples.
         wanted: Names of parameters.
+        live: Parameters that no use is expected of. They alone require gradients, so
+            that `backward` tells if autograd reaches one of them all the same.
 
     Returns:
         The outputs ``(n, c)`` and the recorder.
@@ -305,6 +316,7 @@ def record(
         batch_length(batch),
         set(wanted),
         {id(p): (p, Alias(name, p.shape)) for name, p in parameters.items()},
+        live={name: parameters[name] for name in live},
         lengths={
             t.shape[1]
             for t in _tensors(
@@ -314,7 +326,7 @@ def record(
         },
     )
     # Freeze outside the recorder, which would see the calls.
-    with _frozen(parameters.values()), recorder:
+    with requiring(parameters, live), recorder:
         outputs = function(batch)
     check_finite(function.model, outputs)
     for use in recorder.uses:
@@ -344,23 +356,35 @@ def backward(outputs: Tensor, recorder: Recorder, receive: Receiver) -> None:
             if use.name not in recorder.unserved:
                 recorder.routed = use.routed
                 h = use.zero() if gradient is None else gradient
-                receive(use, k, use.factor(h))
+                try:
+                    factor = use.factor(h)
+                except (NotByExampleError, *FAILURES) as error:
+                    recorder.unserved[use.name] = str(error)
+                else:
+                    receive(use, k, factor)
 
     c = outputs.shape[1]
     try:
         for k in range(c):
             waiting.update(range(len(recorder.watched)))
-            if outputs.requires_grad and recorder.leaves:
+            ends = [*recorder.leaves, *recorder.live.values()]
+            if outputs.requires_grad and ends:
                 recorder.arrived = lambda number, gradient, k=k: deliver(
                     number, k, gradient
                 )
                 # Examples do not mix: the gradient of the sum has one row per example.
-                torch.autograd.grad(
-                    outputs[:, k].sum(),
-                    recorder.leaves,
-                    retain_graph=k + 1 < c,
-                    allow_unused=True,
+                gradients = torch.autograd.grad(
+                    outputs[:, k].sum(), ends, retain_graph=k + 1 < c, allow_unused=True
                 )
+                reached = gradients[len(recorder.leaves) :]
+                recorder.reached |= {
+                    name
+                    for name, gradient in zip(recorder.live, reached, strict=True)
+                    if gradient is not None
+                }
+            recorder.silent |= {
+                use.name for number in waiting for use in recorder.watched[number]
+            }
             with torch.no_grad():
                 for number in sorted(waiting):
                     deliver(number, k, None)
@@ -388,18 +412,8 @@ def complete(outputs: Tensor, recorder: Recorder) -> dict[str, list[Factor]]:
     return factors
 
 
-@contextmanager
-def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Set `requires_grad` of all parameters to False and restore it afterwards."""
-    trained = [p for p in parameters if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad = False
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad = True
-
+FAILURES = (RuntimeError, IndexError, TypeError, ValueError)
+"""What a rule raises for a call that it was not written for."""
 
 SAME = {"float", "double", "to", "type", "type_as", "contiguous"}
 """Functions whose result has the parameter's shape and derivative one in it."""

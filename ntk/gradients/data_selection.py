@@ -17,7 +17,7 @@ from ntk.gradients.function import (
     evaluating,
     to_batches,
 )
-from ntk.gradients.jacobians import jacobian
+from ntk.gradients.judge import autograd_rows
 from ntk.gradients.passes import sample
 from ntk.gradients.rules import Use
 from ntk.spaces import Columns, Maps, Rows, Space, Sum, Whole, oriented
@@ -132,7 +132,7 @@ def statistics(
             n: (Whole(),) for n in weights if verdicts[n].service is Service.DEFINITION
         }
         if unserved:
-            for (name, _), rows in jacobian(function, batches, unserved).items():
+            for (name, _), rows in autograd_rows(function, batches, unserved).items():
                 results[name] = {}
                 _add_energies(results[name], rows, weights[name])
     return {name: results.get(name, {}) for name in weights}

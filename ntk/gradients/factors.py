@@ -15,8 +15,8 @@ Gradients are output-major here, ``(c, n, p)``, so that the products of each out
 be written in place.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,23 @@ class Matrix:
         g = tuple(h[i : i + 1] for h in self.g)
         return Matrix(self.x[i : i + 1], g, self.output_dim, self.rows)
 
+    def magnitude(self) -> "Matrix":
+        """Return the factor whose G sums the magnitudes of the terms of this one's."""
+        return replace(self, x=self.x.abs(), g=tuple(h.abs() for h in self.g))
+
+    def projected(self, u: Tensor, v: Tensor) -> tuple[float, float]:
+        """Return u' G v summed over examples, and the sum of its terms' magnitudes.
+
+        Args:
+            u: One number for each row of the stored parameter.
+            v: One number for each entry of a row.
+        """
+        rows, entries = (
+            (self.g[0], self.x) if self.output_dim == 0 else (self.x, self.g[0])
+        )
+        u = u if self.rows is None else u[self.rows]
+        return _sums((rows.to(u) @ u) * (entries.to(v) @ v))
+
     def positions(self) -> int:
         """Return the total number of positions of all examples."""
         return self.x.shape[0] * self.x.shape[1]
@@ -97,6 +114,14 @@ class Table:
         """Return the factor of one example."""
         return Table(self.tokens[i : i + 1], tuple(h[i : i + 1] for h in self.g))
 
+    def magnitude(self) -> "Table":
+        """Return the factor whose G sums magnitudes, see `Matrix.magnitude`."""
+        return replace(self, g=tuple(h.abs() for h in self.g))
+
+    def projected(self, u: Tensor, v: Tensor) -> tuple[float, float]:
+        """Return u' G v and the sum of magnitudes, see `Matrix.projected`."""
+        return _sums(u[self.tokens] * (self.g[0].to(v) @ v))
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -104,9 +129,12 @@ class Vector:
 
     Attributes:
         v: ``(c, n, p)``.
+        terms: Returns the sum of the magnitudes of the terms of v, ``(c, n, p)``; None
+            if v has one term.
     """
 
     v: Tensor
+    terms: Callable[[], Tensor] | None = field(default=None, repr=False, compare=False)
 
     def add_block(self, start: int, stop: int, out: Tensor, *, first: bool) -> None:
         """Add entries of the gradient to ``(c, n, rows, d)``, d entries a row."""
@@ -119,7 +147,23 @@ class Vector:
 
     def example(self, i: int) -> "Vector":
         """Return the factor of one example."""
-        return Vector(self.v[:, i : i + 1])
+        some, terms = slice(i, i + 1), self.terms
+        return Vector(self.v[:, some], (lambda: terms()[:, some]) if terms else None)
+
+    def magnitude(self) -> "Vector":
+        """Return the factor whose G sums magnitudes, see `Matrix.magnitude`."""
+        return Vector(self.v.abs() if self.terms is None else self.terms())
+
+    def projected(self, u: Tensor, v: Tensor) -> tuple[float, float]:
+        """Return u' G v and the sum of magnitudes, see `Matrix.projected`."""
+        weights = u[:, None] * v
+        value = self.v[0].to(u).view(-1, len(u), len(v)) * weights
+        size = self.magnitude().v[0].to(u).view_as(value) * weights.abs()
+        return float(value.sum()), float(size.sum())
+
+
+def _sums(terms: Tensor) -> tuple[float, float]:
+    return float(terms.sum()), float(terms.abs().sum())
 
 
 Factor = Matrix | Table | Vector
@@ -130,6 +174,8 @@ Uses = Sequence[Sequence[Factor]]
 def joined(parts: Sequence[Factor]) -> Factor:
     """Concatenate factors of one use, one per output."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     if isinstance(first, Vector):
         return Vector(torch.cat([p.v for p in parts if isinstance(p, Vector)]))
     g = tuple(h for p in parts if not isinstance(p, Vector) for h in p.g)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 Batch = Mapping[str, Any] | Tensor
@@ -48,6 +48,8 @@ def logits(output: Any) -> Tensor:
 class NetworkFunction:
     """A model with a readout as a function ``f(batch) -> (n, c)``.
 
+    Where it is made under `torch.autocast`, the model is evaluated so.
+
     Args:
         model: Any module whose outputs for an example depend on that example alone.
         outputs: Function from the model's output to ``(n, c)``; by default `logits`.
@@ -59,6 +61,7 @@ class NetworkFunction:
         self.parameters = dict(model.named_parameters())
         dtypes = {p.dtype for p in self.parameters.values()}
         self.in_float64 = dtypes == {torch.float64}
+        self._autocast = _autocast_of(next(iter(self.parameters.values()), None))
 
     def __call__(
         self, batch: Batch, parameters: Mapping[str, Tensor] | None = None
@@ -77,12 +80,8 @@ class NetworkFunction:
         """
         args: tuple[Any, ...] = () if isinstance(batch, Mapping) else (batch,)
         kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-        with self._precision():
-            if parameters is None:
-                output = self.model(*args, **kwargs)
-            else:
-                output = functional_call(self.model, dict(parameters), args, kwargs)
-            output = self.outputs(output)
+        with self._precision(), self._autocast(), self._replacing(parameters or {}):
+            output = self.outputs(self.model(*args, **kwargs))
         n = batch_length(batch)
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != n:
             shape = tuple(output.shape) if isinstance(output, Tensor) else output
@@ -92,8 +91,43 @@ class NetworkFunction:
             )
         return output
 
+    @contextmanager
+    def _replacing(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Replace parameters wherever they are registered, and restore them.
+
+        `torch.func.functional_call` loses the parameters of a module that is registered
+        under two names, and ends before the readout, which may use the model's weights.
+        """
+        if not parameters:
+            yield
+            return
+        values = {id(self.parameters[name]): v for name, v in parameters.items()}
+        replaced = [
+            (module._parameters, key, parameter)
+            for module in self.model.modules()
+            for key, parameter in module._parameters.items()
+            if id(parameter) in values
+        ]
+        try:
+            for registered, key, parameter in replaced:
+                registered[key] = values[id(parameter)]  # type: ignore[assignment]
+            yield
+        finally:
+            for registered, key, parameter in replaced:
+                registered[key] = parameter
+
     def _precision(self) -> AbstractContextManager[object]:
         return Float64Throughout() if self.in_float64 else nullcontext()
+
+
+def _autocast_of(like: Tensor | None) -> Callable[[], AbstractContextManager[object]]:
+    """Return the autocast context of the caller for the device of a tensor."""
+    device = "cpu" if like is None else like.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device)
+    # A kept cast would hide its parameter from the next pass.
+    return lambda: torch.autocast(device, dtype=dtype, cache_enabled=False)
 
 
 class Float64Throughout(TorchFunctionMode):
@@ -121,9 +155,17 @@ class Float64Throughout(TorchFunctionMode):
         return func(*wide, **named)
 
 
+COPIED_BUFFER = 2**26
+"""Largest buffer of which a copy is kept, in bytes; larger ones hold weights."""
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode and restore the modes afterwards.
+    """Put every module in evaluation mode, and restore modes and buffers afterwards.
+
+    Gradients are enabled, whatever the caller's mode. Autocasting is for the model
+    alone, see `NetworkFunction`. Parametrised weights are computed at each use: one
+    kept by `torch.nn.utils.parametrize.cached` hides its parameters.
 
     Args:
         model: The model.
@@ -132,14 +174,44 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     was_training = [module for module in model.modules() if module.training]
+    buffers = _saved_buffers(model)
+    kept = parametrize._cache_enabled, parametrize._cache
     for module in was_training:
         module.training = False
+    parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
-        with torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
             yield
     finally:
+        parametrize._cache_enabled, parametrize._cache = kept
         for module in was_training:
             module.training = True
+        for registered, key, buffer, copy, version in buffers:
+            registered[key] = buffer
+            if buffer is not None and copy is not None and buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(copy)
+
+
+def _saved_buffers(
+    model: nn.Module,
+) -> list[tuple[dict[str, Tensor | None], str, Tensor | None, Tensor | None, int]]:
+    """Return every buffer's place, itself, a copy and its version."""
+    saved = []
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            copy, version = None, 0
+            if buffer is not None and not buffer.is_inference():
+                version = buffer._version
+                if buffer.nbytes <= COPIED_BUFFER:
+                    copy = buffer.detach().clone()
+            saved.append((module._buffers, key, buffer, copy, version))
+    return saved
 
 
 def check_model(model: nn.Module) -> None:
@@ -167,6 +239,17 @@ def check_model(model: nn.Module) -> None:
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if parameter.is_meta:
+        raise FunctionError(
+            f"parameter {name!r} is on the meta device and has no values. Load the "
+            "checkpoint, for example with `from_pretrained`, before taking a kernel."
+        )
+    if parameter.is_inference():
+        raise FunctionError(
+            f"parameter {name!r} was made under torch.inference_mode, so autograd "
+            "cannot differentiate in it. Build the model outside of it, or replace "
+            "each parameter by nn.Parameter(parameter.clone())."
+        )
     if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
         raise FunctionError(
             f"parameter {name!r} is quantised ({parameter.dtype}): its gradient is "
@@ -272,8 +355,16 @@ def take(batch: Batch, examples: slice) -> Batch:
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Tensor):
-        return batch.detach().to(device)
+        return _usable(batch).to(device)
     return {
-        k: v.detach().to(device) if isinstance(v, Tensor) else v
+        k: _usable(v).to(device) if isinstance(v, Tensor) else v
         for k, v in batch.items()
     }
+
+
+def _usable(values: Tensor) -> Tensor:
+    """Return inputs without a graph that autograd may keep for a backward pass."""
+    if not values.is_inference():
+        return values.detach()
+    with torch.inference_mode(False):
+        return values.clone()

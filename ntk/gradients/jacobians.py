@@ -1,8 +1,9 @@
-"""The definition: Jacobians by automatic differentiation alone.
+"""Jacobians by torch.func: the second implementation, independent of layers.
 
 A tangent space is a set of coordinates delta with f(delta) = f(theta + S delta), S
-linear; its Jacobian is that of f at delta = 0. This module uses no layers, factors or
-positions: it is slow, and the reference for everything that is fast.
+linear; its Jacobian is that of f at delta = 0. The parameters are replaced by functions
+of delta, which cannot reach every use of a parameter, and some functions have a wrong
+rule under `vmap`; `ntk.gradients.judge` decides whether the result is right.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,20 @@ from torch import Tensor
 from torch.func import jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntk.gradients.function import Batch, NetworkFunction, batch_length, take
+from ntk.gradients.function import (
+    Batch,
+    FunctionError,
+    NetworkFunction,
+    batch_length,
+    take,
+)
+from ntk.gradients.judge import Key, Progress, coordinate_rows, map_keys
 from ntk.spaces import Map, Maps
 
-Key = tuple[str, Map]
 Coordinates = dict[str, Tensor]
-Progress = Callable[[int], None]
 
+ROUNDINGS = 100
+"""Units in the last place of the largest gradient that count as rounding."""
 VMAP_EXAMPLES = 8
 """Number of examples per call of `torch.func.vmap`."""
 
@@ -32,7 +40,8 @@ def jacobian(
     """Return the Jacobian with respect to the coordinates of every map.
 
     By `vmap` of `jacrev`, or example by example if vmap fails because the model's code
-    branches on data, as the mask code of transformers does.
+    branches on data, as the mask code of transformers does, or gives something else
+    than plain autograd on the first example.
 
     Args:
         function: The model and its readout.
@@ -42,15 +51,23 @@ def jacobian(
 
     Returns:
         For each parameter and map ``(c, n, p)``.
+
+    Raises:
+        FunctionError: If a parameter is used where it cannot be replaced.
     """
     keys = map_keys(maps)
     tangent = TangentFunction(function, keys)
+    tangent.check_reach(take(batches[0], slice(0, 1)))
     parts: dict[Key, list[Tensor]] = {key: [] for key in keys}
     mapped = True
-    for batch in batches:
+    for number, batch in enumerate(batches):
         for start in range(0, batch_length(batch), VMAP_EXAMPLES):
             part = take(batch, slice(start, start + VMAP_EXAMPLES))
             rows = _mapped(tangent, part) if mapped else None
+            if rows is not None and not (number or start):
+                one = looped(tangent, take(part, slice(0, 1)))
+                if differing([rows[key][:1] for key in one], list(one.values())):
+                    rows = None
             if rows is None:
                 mapped = False
                 rows = looped(tangent, part)
@@ -59,11 +76,6 @@ def jacobian(
             if progress is not None:
                 progress(batch_length(part))
     return {key: torch.cat(p).transpose(0, 1) for key, p in parts.items()}
-
-
-def map_keys(maps: Maps) -> list[Key]:
-    """Return every parameter and map, in order."""
-    return [(name, each) for name, group in maps.items() for each in group]
 
 
 class TangentFunction:
@@ -97,6 +109,32 @@ class TangentFunction:
             moved[name] = each.shift(moved[name], delta[str(i)])
         return self.function(batch, moved)
 
+    def check_reach(self, example: Batch) -> None:
+        """Check that replacing parameters reaches all their uses.
+
+        Args:
+            example: A batch of one example.
+
+        Raises:
+            FunctionError: If the gradient of a parameter is not that of plain autograd.
+        """
+        maps: dict[str, tuple[Map, ...]] = {}
+        for name, each in self.keys:
+            maps[name] = (*maps.get(name, ()), each)
+        ours = [rows[0] for rows in looped(self, example).values()]
+        judged = coordinate_rows(self.function, example, maps)
+        expected = [torch.stack([row[key] for row in judged]) for key in self.keys]
+        wrong = differing(ours, expected)
+        missed = list(dict.fromkeys(self.keys[i][0] for i in wrong))
+        if missed:
+            raise FunctionError(
+                f"torch.func cannot replace {', '.join(map(repr, missed[:3]))}"
+                f"{' and others' if missed[3:] else ''} everywhere: the model uses a "
+                "parameter that a closure, a list or a cache holds. Register it in "
+                "the module that uses it, or take implementation='factors' or "
+                "'autograd'."
+            )
+
     def weighted(
         self, direction: Coordinates, transform: Callable[[Tensor], Tensor] | None
     ) -> Coordinates:
@@ -113,6 +151,25 @@ class TangentFunction:
             weights = each.weights()
             result[str(i)] = value if weights is None else value * weights.to(value)
         return result
+
+
+def differing(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[int]:
+    """Return the indices of gradients that differ by more than half of their digits.
+
+    Args:
+        actual: Gradients of several parameters.
+        expected: What they should be. Differences that are rounding of the largest of
+            them do not count: a gradient that is zero in exact arithmetic, such as that
+            of a key's bias, is rounding altogether.
+    """
+    largest = max((float(each.norm()) for each in expected), default=0.0)
+    wrong = []
+    for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        eps = torch.finfo(theirs.dtype).eps
+        allowed = max(eps**0.5 * float(theirs.norm()), ROUNDINGS * eps * largest)
+        if not float((ours - theirs).norm()) <= allowed:
+            wrong.append(i)
+    return wrong
 
 
 def _mapped(tangent: TangentFunction, batch: Batch) -> Coordinates | None:

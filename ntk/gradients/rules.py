@@ -146,7 +146,8 @@ def _matrix(observer: Observer, call: Call, output: Tensor, alias: Alias) -> Use
         raise NotByExampleError("only some of its columns are used")
 
     def factor(gradient: Tensor) -> Matrix:
-        g = _positions(observer.by_example(gradient))
+        # Autocasting gives the output another dtype than the input.
+        g = _positions(observer.by_example(gradient)).to(x.dtype)
         return Matrix(x, (g,), output_dim, alias.rows)
 
     observer.by_example(output.detach())
@@ -172,8 +173,9 @@ def _vector(
     padded = (1,) * (ndim - len(shape)) + tuple(shape)
     axes = [i for i in range(1, ndim) if padded[i] == 1]
 
-    def reduced(gradient: Tensor) -> Tensor:
+    def reduced(gradient: Tensor, *, magnitudes: bool = False) -> Tensor:
         product = gradient if factor is None else gradient * factor
+        product = product.abs() if magnitudes else product
         if product.shape != whole_shape:
             product = product.expand(whole_shape)
         product = observer.by_example(product)
@@ -191,7 +193,13 @@ def _vector(
         return whole.flatten(1)
 
     kept = factor if factor is not None and factor.ndim else None
-    return Use(alias.name, output, lambda h: Vector(reduced(h)[None]), kept)
+    sizes = lambda h: reduced(h, magnitudes=True)[None]
+    return Use(
+        alias.name,
+        output,
+        lambda h: Vector(reduced(h)[None], lambda: sizes(h)),
+        kept,
+    )
 
 
 def _wanted(observer: Observer, value: Any) -> Alias | None:

@@ -19,13 +19,16 @@ from ntk.gradients import (
     MarginReadout,
     NetworkFunction,
     Readout,
+    autograd_rows,
     batch_length,
     check_model,
     evaluating,
+    jacobian,
     to_batches,
 )
 from ntk.kernels.contraction import Contraction, Transform
 from ntk.kernels.engine import LEFT_BYTES, Engine, EngineInput, KernelResult
+from ntk.kernels.magnitude import check_magnitude
 from ntk.kernels.options import (
     Implementation,
     KernelOptions,
@@ -110,8 +113,8 @@ def empirical_ntk(
             classifier's softmax sees) or ``"contrast_trace"``, see `ntk.measures.gram`.
         kind: ``"sgd"`` <g, g'>, ``"signgd"`` <sign g, sign g'> or
             ``"asymmetric_signgd"`` <g, sign g'> (Malladi et al. 2023, section 3).
-        implementation: ``"factors"``, ``"jacobian"`` or ``"jvp"``: the same kernel at
-            different costs, see `IMPLEMENTATIONS`.
+        implementation: ``"factors"``, ``"autograd"`` (the definition), ``"jacobian"``
+            or ``"jvp"``: the same kernel at different costs, see `KernelOptions`.
         batch_size: Largest number of examples in one pass; None keeps batches as given.
         precision: Precision of the products that contract float32 gradients:
             ``"float32"``, ``"tf32"`` (GPUs), ``"bf16"`` or ``"bf16x3"``, see
@@ -134,6 +137,7 @@ def empirical_ntk(
     return result.kernels[""]
 
 
+@torch.inference_mode(False)  # Tensors made in that mode have no gradients.
 def compute(
     model: nn.Module,
     inputs: Inputs,
@@ -193,10 +197,12 @@ def compute(
     contraction = Contraction(
         *TRANSFORMS[options.kind], options.coupled, options.precision
     )
+    by_torch_func = options.implementation == "jacobian"
+    function = NetworkFunction(model, reader(options))
     with evaluating(model):
         prepared = engine(
             EngineInput(
-                function=NetworkFunction(model, reader(options)),
+                function=function,
                 left=left,
                 right=right,
                 maps=maps,
@@ -204,12 +210,14 @@ def compute(
                 left_bytes=left_bytes,
                 sample=sample,
                 progress=progress,
+                rows=jacobian if by_torch_func else autograd_rows,
             )
         )
         if options.implementation == "jvp":
             result = prepared.run_products()
         else:
             result = prepared.run(by_factors=options.implementation == "factors")
+        check_magnitude(result.kernels, maps, function, left)
     if options.coupled:
         n, m = (sum(map(batch_length, side)) for side in (left, right))
         result.kernels = {

@@ -5,7 +5,14 @@ matrix is added to all spaces that hold its map. The right examples stay in memo
 examples are processed in groups that fit beside them.
 """
 
-from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +24,13 @@ from ntk.gradients import (
     Key,
     NetworkFunction,
     Service,
+    SpotChecks,
     Vector,
     Verdict,
     at_least_float32,
+    autograd_rows,
     batch_length,
     coverage,
-    jacobian,
     passes,
     raised,
 )
@@ -38,6 +46,11 @@ LEFT_BYTES = 2**31
 """Default number of bytes for features and factors of left examples."""
 
 Store = MutableMapping[Key, Stored]
+Rows = Callable[
+    [NetworkFunction, Sequence[Batch], Maps, Callable[[int], None] | None],
+    dict[Key, Tensor],
+]
+"""Function that returns Jacobians ``(c, n, p)``, see `ntk.gradients.judge`."""
 
 
 @dataclass
@@ -102,6 +115,7 @@ class EngineInput:
         sample: Examples on which it is determined how parameters are served; None means
             the first batch of at least two.
         progress: Called as the work goes on.
+        rows: Computes the Jacobians of parameters that factors do not serve.
     """
 
     function: NetworkFunction
@@ -112,6 +126,7 @@ class EngineInput:
     left_bytes: int = LEFT_BYTES
     sample: Batch | None = None
     progress: Progress | None = None
+    rows: Rows = autograd_rows
 
 
 class Engine:
@@ -136,6 +151,11 @@ class Engine:
             if given.sample is None
             else given.sample
         )
+        self.rows = given.rows
+        self.checks = SpotChecks(
+            self.function,
+            list({id(batch): batch for batch in (*self.left, *self.right)}.values()),
+        )
         self.outputs = 1
         self.shared = {shared.key: shared for shared in shared_features(self.maps)}
         self.shapes = {n: p.shape for n, p in self.function.parameters.items()}
@@ -144,8 +164,8 @@ class Engine:
         """Compute every space's Gram matrix ``(c n, c m)`` or ``(n, m)``.
 
         Args:
-            by_factors: Use factors where they are exact; else Jacobians by the
-                definition for all parameters.
+            by_factors: Use factors where they are exact; else Jacobians for all
+                parameters.
 
         Returns:
             The Gram matrices as kernels, with traces, sizes and services.
@@ -178,6 +198,7 @@ class Engine:
             The Gram matrices as kernels.
         """
         coverage.check_alone(self.function, self.sample)
+        self.checks.check_outputs()
         total = len(self.maps) * sum(map(batch_length, self.right))
         counter = Counter("NTK-vector products", total, self.progress)
         kernels = {
@@ -210,10 +231,19 @@ class Engine:
         passed = Counter("passes", total * max(1, len(kinds)), self.progress)
         spaces = list(self.maps)
         sums = []
-        square = Accumulator(spaces, examples, examples, self.contraction, traced=True)
         # One batch alone is contracted as its gradients arrive; nothing is stored.
         alone = self.prefix and not others and len(self.right) == 1
-        right = self._store(self.right, verdicts, passed, square if alone else None)
+        while True:
+            square = Accumulator(
+                spaces, examples, examples, self.contraction, traced=True
+            )
+            try:
+                right = self._store(
+                    self.right, verdicts, passed, square if alone else None
+                )
+                break
+            except passes.RetractedError:
+                continue
         size = self.bytes(right) / examples
         parts = groups(others, size, self.left_bytes)
         steps = len(self.shared) * (len(parts) + self.prefix)
@@ -262,7 +292,15 @@ class Engine:
             maps = stored_maps(self.shared.values(), names)
             return Features(maps, self.function.parameters, n, store, ready)
 
-        c = passes.run(self.function, side, verdicts, collect, counter)
+        c = passes.run(
+            self.function,
+            side,
+            verdicts,
+            collect,
+            counter,
+            self.checks,
+            streamed=sums is not None,
+        )
         self.outputs = c or self.outputs
         self._store_jacobian(store, side, verdicts, counter)
         return store
@@ -278,7 +316,7 @@ class Engine:
         names = {n for n, v in verdicts.items() if v.service is Service.DEFINITION}
         if names and side:
             maps = stored_maps(self.shared.values(), names)
-            rows = jacobian(self.function, side, maps, counter)
+            rows = self.rows(self.function, side, maps, counter)
             self.outputs = len(next(iter(rows.values())))
             store.update({key: at_least_float32(row) for key, row in rows.items()})
 

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 Kind = Literal["sgd", "signgd", "asymmetric_signgd"]
 Precision = Literal["float32", "tf32", "bf16", "bf16x3"]
-Implementation = Literal["factors", "jacobian", "jvp"]
+Implementation = Literal["factors", "autograd", "jacobian", "jvp"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 IMPLEMENTATIONS: dict[Implementation, str] = {
     "factors": "one forward and c backward passes a batch; time and memory of those",
+    "autograd": "the definition, by plain backward passes; memory n c p",
     "jacobian": "torch.func: vmap of jacrev; memory n c p",
     "jvp": "torch.func: a vjp, then jvps; time n m c, memory of one gradient",
 }
@@ -36,8 +37,7 @@ class KernelOptions:
         reduce: One of `REDUCTIONS`, see `ntk.measures.gram`.
         precision: Precision of the products that contract float32 gradients, see
             `ntk.kernels.precision`. The model is evaluated in its own dtype.
-        implementation: ``"factors"``, ``"jacobian"`` or ``"jvp"``: the same kernel at
-            different costs, see `IMPLEMENTATIONS`.
+        implementation: A key of `IMPLEMENTATIONS`: the same kernel at different costs.
         outputs: Maps the model's output to ``(n, c)``; None takes its `.logits`, or
             the tensor itself.
         batch_size: Largest number of examples in one pass; None keeps batches as given.
@@ -74,10 +74,10 @@ class KernelOptions:
         if self.implementation == "jvp" and self.kind == "signgd":
             raise ValueError(
                 "kind='signgd' needs every gradient itself, which implementation='jvp' "
-                "never forms. Use 'factors' or 'jacobian'."
+                "never forms. Use 'factors' or 'autograd'."
             )
         if self.implementation == "jvp" and self.precision != "float32":
             raise ValueError(
                 f"precision={self.precision!r} is for products of gradients, which "
-                "implementation='jvp' never forms. Use 'factors' or 'jacobian'."
+                "implementation='jvp' never forms. Use 'factors' or 'autograd'."
             )

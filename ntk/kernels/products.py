@@ -1,6 +1,7 @@
 """Kernels by NTK-vector products: the implementation ``"jvp"``."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from ntk.gradients import (
     NetworkFunction,
     TangentFunction,
     batch_length,
+    differing,
     looped,
     map_keys,
     pushed,
     take,
 )
 from ntk.kernels.contraction import Contraction
+from ntk.kernels.definition import defined_kernels
 from ntk.spaces import Maps
 
 Progress = Callable[[int], None]
@@ -33,7 +36,9 @@ def products_kernel(
 ) -> Tensor:
     """Return a kernel by NTK-vector products: K e = J (J'^T e), a vjp, then jvps.
 
-    Takes the memory of one gradient and time proportional to n m.
+    Takes the memory of one gradient and time proportional to n m. Where the forward
+    derivative of the first examples is not that of plain autograd, the kernel is
+    computed by its definition.
 
     Args:
         function: The model and its readout.
@@ -48,6 +53,13 @@ def products_kernel(
     """
     tangent = TangentFunction(function, map_keys(maps))
     zero = tangent.zero()
+    first = take(right[0], slice(0, 1))
+    tangent.check_reach(first)
+    if not _agrees(tangent, zero, first, maps, contraction):
+        defined = defined_kernels(function, left, right, {"": maps}, contraction)[""]
+        if not contraction.coupled:
+            return defined
+        return defined.permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
     blocks = []
     for batch in right:
         for i in range(batch_length(batch)):
@@ -80,3 +92,26 @@ def _kernel_columns(
                 torch.cat([pushed(tangent, zero, direction, batch) for batch in left])
             )
     return torch.stack(columns, dim=2)
+
+
+def _agrees(
+    tangent: TangentFunction,
+    zero: Coordinates,
+    example: Batch,
+    maps: Maps,
+    contraction: Contraction,
+) -> bool:
+    """Whether the products of an example with itself are those of the definition."""
+    try:
+        products = _kernel_columns(tangent, zero, [example], example, contraction)
+    except (RuntimeError, NotImplementedError):
+        # Neither a forward-mode derivative nor a second one.
+        return False
+    judged = defined_kernels(
+        tangent.function,
+        [example],
+        [example],
+        {"": maps},
+        replace(contraction, coupled=True),
+    )[""]
+    return not differing([products], [judged[:, 0].to(products)])

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntk.gradients import Batch, batch_length, take
-from ntk.kernels.empirical import compute
+from ntk.gradients import Batch, NetworkFunction, batch_length, evaluating, take
+from ntk.kernels.contraction import Contraction
+from ntk.kernels.definition import defined_kernels
+from ntk.kernels.empirical import TRANSFORMS, reader
 from ntk.kernels.options import KernelOptions
-from ntk.spaces import Space
+from ntk.spaces import Space, resolve
 
 
 def check_entries(
@@ -50,22 +52,18 @@ def check_entries(
     j = int(generator.integers(m))
     rows = sorted({j, int(generator.integers(m)), int(generator.integers(total))})
     singles = [_example(batches, i) for i in rows]
-    result = compute(
-        module,
-        singles,
-        [_example(batches, j)],
-        spaces=spaces,
-        options=KernelOptions(
-            kind=options.kind,
-            reduce=options.reduce,
-            outputs=options.outputs,
-            implementation="jacobian" if options.kind == "signgd" else "jvp",
-        ),
-    )
+    with evaluating(module):
+        recomputed = defined_kernels(
+            NetworkFunction(module, reader(options)),
+            singles,
+            [_example(batches, j)],
+            resolve(spaces, module),
+            Contraction(*TRANSFORMS[options.kind], options.coupled),
+        )
     precision = str(next(module.parameters()).dtype).removeprefix("torch.")
     checks = {}
-    for name, expected in result.kernels.items():
-        entries = kernels[name][rows][:, [j]]
+    for name, expected in recomputed.items():
+        entries = kernels[name][rows][:, [j]].to(expected)
         error = float((entries - expected).abs().max())
         scale = float(expected.abs().max())
         checks[name] = {

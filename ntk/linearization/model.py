@@ -11,6 +11,7 @@ never formed: J v is one forward-mode pass over the batches, J' v one backward p
 import copy
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from ntk.gradients import (
     check_model,
     differentiated_twice,
     evaluating,
+    output_gradients,
+    take,
     to_batches,
 )
 from ntk.spaces import Pinned, Slices, Space, Whole, resolve
@@ -94,6 +97,7 @@ class LinearizedModel(nn.Module):
         self.readout = outputs
         self._trained = {n for n, p in model.named_parameters() if p.requires_grad}
         self.base = copy.deepcopy(model).requires_grad_(False).eval()
+        self._original: ref[nn.Module] | None = ref(model)
         self.base.zero_grad()
         if hasattr(model, "config"):
             self.config = self.base.config
@@ -317,6 +321,7 @@ class LinearizedModel(nn.Module):
         """Return f0 and J delta, ``(n, c)``; J delta is differentiable in delta."""
         tangent, direction = self._tangent(), self._split(delta)
         zero = tangent.zero()
+        self._check_copy(tangent, take(batch, slice(0, 1)))
         # Fused attention kernels have no forward-mode and no second derivative; the
         # math backend has.
         with sdpa_kernel(SDPBackend.MATH):
@@ -325,6 +330,33 @@ class LinearizedModel(nn.Module):
                 return pair[0], pair[1]
             except (RuntimeError, NotImplementedError):
                 return differentiated_twice(tangent, zero, direction, batch)
+
+    def _check_copy(self, tangent: TangentFunction, example: Batch) -> None:
+        """Check once that the copy uses its own weights, all of which can be moved."""
+        original = None if self._original is None else self._original()
+        self._original = None
+        if original is None:
+            return
+        used = []
+        for model in (original, self.base):
+            with evaluating(model):
+                function = NetworkFunction(model, self.readout)
+                gradients = output_gradients(function, example, self.space.chosen)
+                used.append({name for row in gradients for name in row})
+        theirs, ours = used
+        if missed := sorted(theirs - ours):
+            raise FunctionError(
+                f"torch.func cannot replace {', '.join(map(repr, missed[:3]))}"
+                f"{' and others' if missed[3:] else ''} in a copy of the model: a "
+                "closure, a list or outputs= uses the parameter of the model itself. "
+                "Register it in the module that uses it."
+            )
+        with evaluating(self.base):
+            tangent.check_reach(example)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the model that was copied: it may be checked once, here."""
+        return {**self.__dict__, "_original": None}
 
     def _check_same(self, theirs: dict[str, nn.Parameter], model: str) -> None:
         ours = {n: p.shape for n, p in self.base.named_parameters()}

@@ -108,7 +108,7 @@ def _whole(
         if work.options.implementation == "jvp":
             raise ValueError(
                 "implementation='jvp' is not shared among processes. Use 'factors' or "
-                "'jacobian', or one process."
+                "'autograd', or one process."
             )
         engine = partial(ShardedEngine, processes=processes)
     return compute(

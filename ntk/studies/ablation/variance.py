@@ -21,10 +21,10 @@ from ntk.gradients import (
     Batch,
     Key,
     NetworkFunction,
+    autograd_rows,
     batch_length,
     coverage,
     evaluating,
-    jacobian,
     passes,
 )
 from ntk.kernels import Features, KernelOptions, Stored, reader
@@ -175,7 +175,7 @@ def _features(
         if verdict.service is coverage.Service.DEFINITION
     }
     if unserved:
-        store.update(jacobian(function, list(batches), unserved))
+        store.update(autograd_rows(function, list(batches), unserved))
     return {k[0]: value for k, value in store.items() if isinstance(value, Tensor)}
 
 

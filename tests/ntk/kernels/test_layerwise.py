@@ -204,8 +204,9 @@ def test_an_adapter_is_in_the_group_of_its_module():
 def test_layers_cost_as_much_as_the_whole(space, monkeypatch):
     """A contraction counts with the size of its operands."""
     model, inputs = built("bert")
-    compute(model, inputs, spaces={"": Full()})  # Caches the verdicts.
     seen = []
+    model.register_forward_hook(lambda *_: seen.append(("pass",)))
+    compute(model, inputs, spaces={"": Full()})  # Caches the verdicts.
 
     def watch(owner, name):
         call = getattr(owner, name)
@@ -221,7 +222,6 @@ def test_layers_cost_as_much_as_the_whole(space, monkeypatch):
     watch(Contraction, "gram")
     # Without stacks, which would count as one contraction.
     monkeypatch.setattr(accumulator, "SMALL_FEATURES", 0)
-    model.register_forward_hook(lambda *_: seen.append(("pass",)))
 
     def cost(spaces):
         seen.clear()
