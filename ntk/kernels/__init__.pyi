@@ -26,7 +26,13 @@ from .layerwise import LayerKernel, combined, gram_matrices, layer_kernels, laye
 from .options import KINDS, Implementation, KernelOptions, Kind, Precision
 from .positions import position_gram
 from .shared import shared_features
-from .spot_check import check_entries, reference_model
+from .spot_check import (
+    SpotCheckError,
+    check_entries,
+    reference_model,
+    require_small_errors,
+    tolerated_error,
+)
 
 __all__ = [
     # for users
@@ -82,6 +88,9 @@ __all__ = [
     # shared
     "shared_features",
     # spot_check
+    "SpotCheckError",
     "check_entries",
     "reference_model",
+    "require_small_errors",
+    "tolerated_error",
 ]

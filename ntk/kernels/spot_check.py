@@ -20,6 +20,63 @@ from ntk.kernels.empirical import TRANSFORMS, reader
 from ntk.kernels.options import KernelOptions
 from ntk.spaces import Space, resolve
 
+TOLERATED = {
+    "float64": 1e-7,
+    "float32": 1e-2,
+    "tf32": 0.05,
+    "bf16x3": 1e-2,
+    "bf16": 0.2,
+}
+"""Largest relative error of a spot check, by the precision of model or products."""
+SIGNS = 0.05
+"""The same for kernels of signs: gradients that are rounding have signs at random."""
+
+
+class SpotCheckError(RuntimeError):
+    """Kernels are not what the definition says: nothing computed from them is right."""
+
+
+def tolerated_error(options: KernelOptions, dtype: torch.dtype) -> float:
+    """Return the largest relative error of entries that counts as rounding.
+
+    Args:
+        options: How the kernels were computed.
+        dtype: The dtype of the model's weights.
+
+    >>> tolerated_error(KernelOptions(), torch.float64)
+    1e-07
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    of_model = "bf16" if half else str(dtype).removeprefix("torch.")
+    errors = [TOLERATED[of_model], SIGNS if options.kind != "sgd" else 0.0]
+    if options.precision != "float32":
+        errors.append(TOLERATED[options.precision])
+    return max(errors)
+
+
+def require_small_errors(
+    checks: Mapping[str, Mapping[str, Any]], allowed: float
+) -> None:
+    """Refuse kernels whose spot checks have failed.
+
+    Args:
+        checks: For each space its check, see `check_entries`.
+        allowed: The largest relative error, see `tolerated_error`.
+
+    Raises:
+        SpotCheckError: If an error is larger, or not a number.
+    """
+    for name, check in checks.items():
+        error = check["relative_error"]
+        if not error <= allowed:
+            raise SpotCheckError(
+                f"the kernel over {name} is wrong: {check['entries']} entries, "
+                f"recomputed by plain autograd, differ from it by {error:.1e} of the "
+                f"largest, more than rounding ({allowed:.0e}). No report was written. "
+                "Run it again without kept kernels (--no-cache); if it persists, use "
+                "--implementation autograd, and please report the model."
+            )
+
 
 def check_entries(
     module: nn.Module,

@@ -169,6 +169,7 @@ class KernelCache:
                 spill=_spill(state.get("spill"), spill or self.folder),
             )
             done = int(state["done"])
+            _check_shapes(kernels, plan, state["sizes"])
             result = KernelResult(
                 {name: kernels[name] for name in state["sizes"]},
                 state["traces"],
@@ -217,6 +218,19 @@ class KernelCache:
             "services": {name: s.value for name, s in result.services.items()},
         }
         save_kernels(self.path, result.kernels, {"key": self.key, "state": state})
+
+
+def _check_shapes(
+    kernels: Mapping[str, Tensor], plan: Plan, spaces: Mapping[str, object]
+) -> None:
+    """Check that cached kernels have the shape and dtype of those to be computed."""
+    c = plan.outputs
+    for name in spaces:
+        shape, dtype = tuple(kernels[name].shape), kernels[name].dtype
+        if shape not in (plan.examples, (*plan.examples, c, c)):
+            raise ValueError(f"{name!r} has shape {shape}, not {plan.examples}")
+        if dtype != torch.float64:
+            raise ValueError(f"{name!r} has dtype {dtype}, not torch.float64")
 
 
 def _digest(digest: Any, name: str, tensor: Tensor) -> None:

@@ -1,11 +1,13 @@
 """Kernels on disk: safetensors with a JSON header, written atomically."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,10 +33,11 @@ def save_kernels(
         header: Description of the kernels (model, task, split, spaces, readout,
             versions), in values that JSON can represent.
     """
-    text = json.dumps({"format": FORMAT, "axes": AXES, **header})
     tensors = {
         name: k.detach().cpu().contiguous().clone() for name, k in kernels.items()
     }
+    described = {"format": FORMAT, "axes": AXES, **header}
+    text = json.dumps({**described, "digest": _digest(tensors, described)})
     _replace(path, lambda part: save_file(tensors, part, metadata={"ntk": text}))
 
 
@@ -59,9 +62,28 @@ def load_kernels(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"{str(path)!r} holds no kernels: its format is "
                     f"{header.get('format')!r}, not {FORMAT!r}."
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+            kernels = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise StorageError(f"{str(path)!r} is damaged: {error}.") from error
+    # Files of earlier versions have no digest.
+    expected = header.pop("digest", None)
+    if expected is not None and expected != _digest(kernels, header):
+        raise StorageError(
+            f"{str(path)!r} is damaged: its values are not those that were written."
+        )
+    return kernels, header
+
+
+def _digest(kernels: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Return a digest of kernels and of their description."""
+    digest = hashlib.blake2b(digest_size=20)
+    # JSON has no tuples: what is written is read as lists.
+    digest.update(json.dumps(header, sort_keys=True).encode())
+    for name, kernel in sorted(kernels.items()):
+        digest.update(f"{name} {kernel.dtype} {tuple(kernel.shape)}".encode())
+        if kernel.numel():
+            digest.update(kernel.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -109,6 +109,11 @@ class Space:
         return True
 
     @property
+    def of_linear(self) -> bool:
+        """Whether the space selects among all linear weights of the blocks."""
+        return False
+
+    @property
     def name(self) -> str:
         """The space as text, read by `ntk.spaces.notation.parse_space`."""
         text = self._term()
@@ -188,6 +193,11 @@ class Embeddings(Space):
 @dataclass(frozen=True)
 class _OfLinear(Space):
     """Base class of spaces of linear weights, by default those in the blocks."""
+
+    @property
+    def of_linear(self) -> bool:
+        """Whether the space selects among all linear weights of the blocks."""
+        return not self.patterns
 
     def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
         if not self.patterns:
@@ -361,6 +371,11 @@ class LoRA(_OfLinear):
         if self.rank is not None and self.rank < 1:
             raise SelectionError(f"LoRA rank={self.rank} must be at least 1.")
 
+    @property
+    def of_linear(self) -> bool:
+        """Whether the space selects among all linear weights of the blocks."""
+        return self.rank is not None and super().of_linear
+
     def _available(self, model: Architecture) -> Mapping[str, LinearWeight | None]:
         if self.rank is None:
             return {n: None for n, _ in model.parameters.items() if ".lora_" in n}
@@ -392,6 +407,11 @@ class Sum(Space):
     """The union of several spaces."""
 
     parts: tuple[Space, ...] = ()
+
+    @property
+    def of_linear(self) -> bool:
+        """Whether a part selects among all linear weights of the blocks."""
+        return any(part.of_linear for part in self.parts)
 
     @property
     def lasting(self) -> bool:

@@ -4,6 +4,7 @@ Resolving thirty spaces takes as long as a pass over a few sentences. Spaces tha
 on the values of the weights, such as the largest rows, are not cached.
 """
 
+import warnings
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,10 @@ def resolve(spaces: Mapping[str, Space], model: nn.Module) -> dict[str, Maps]:
 
     Returns:
         For each space the maps of every parameter that it selects.
+
+    Warns:
+        UserWarning: If a selection of rows, columns or LoRA leaves out matrices of the
+            blocks that are no linear layers, such as fused experts.
     """
     signature = _signature(model)
     last, cached = _kept.get(model, (None, {}))
@@ -42,6 +47,9 @@ def resolve(spaces: Mapping[str, Space], model: nn.Module) -> dict[str, Maps]:
         if maps is None:
             architecture = architecture or Architecture(model)
             maps = space.maps(architecture)
+            note = architecture.left_out_note()
+            if note is not None and space.of_linear:
+                warnings.warn(f"space {space.name!r}: {note}.", stacklevel=2)
         if space.lasting:
             cached[space] = maps
         resolved[name] = maps

@@ -21,6 +21,15 @@ class SelectionError(ValueError):
     """A selection of parameters that matches nothing or is impossible."""
 
 
+NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._NormBase,
+)
+"""Normalisation layers, of which subclasses may be named otherwise."""
+
+
 @dataclass(frozen=True)
 class LinearWeight:
     """One weight matrix used as a linear map.
@@ -147,24 +156,71 @@ class Architecture:
         return [n for n in self.parameters if last and n.startswith(f"{last[-1]}.")]
 
     @cached_property
+    def left_out(self) -> list[str]:
+        """Names of matrices that selections of rows, columns and LoRA leave out.
+
+        Parameters of two or more dimensions where the default targets lie that are no
+        linear weights: fused experts, recurrent weights, filters, routers. Embeddings,
+        normalisations, biases and LoRA's own matrices are not meant.
+        """
+        known = {*self.linear_weights, *self.head, *self.norms, *self.embeddings}
+        known |= set(self.biases)
+        in_blocks = any(self.block(name) is not None for name in self.targets)
+        return [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.ndim >= 2
+            and min(parameter.shape) > 1
+            and name not in known
+            and ".lora_" not in name
+            and (self.block(name) is not None or not in_blocks)
+        ]
+
+    @cached_property
+    def covered(self) -> float:
+        """Share of the entries of all matrices there that the default targets hold."""
+        chosen = sum(self.parameters[name].numel() for name in self.targets)
+        left = sum(self.parameters[name].numel() for name in self.left_out)
+        return chosen / (chosen + left) if chosen + left else 1.0
+
+    def left_out_note(self) -> str | None:
+        """Return a sentence on what selections leave out, None if that is nothing."""
+        if not self.left_out:
+            return None
+        first, *others = self.left_out
+        more = f" and {len(others)} more" if others else ""
+        return (
+            f"rows, columns and LoRA hold {100 * self.covered:.0f} % of the matrices' "
+            f"entries: {first!r}{more} are no linear layers and are left out"
+        )
+
+    @cached_property
     def norms(self) -> list[str]:
         """Names of the scales and biases of normalisation layers."""
-        return self._owned(lambda module: "norm" in type(module).__name__.lower())
+        return self._owned(
+            lambda module: (
+                isinstance(module, NORMS) or "norm" in type(module).__name__.lower()
+            )
+        )
 
     @cached_property
     def embeddings(self) -> list[str]:
         """Names of embedding tables and learned position or class tokens."""
-        tables = set(self._owned(lambda module: isinstance(module, nn.Embedding)))
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        tables = set(self._owned(lambda module: isinstance(module, kinds)))
         endings = ("_token", "_embedding", "_embeddings")
         return [n for n in self.parameters if n in tables or _last(n).endswith(endings)]
 
     @cached_property
     def biases(self) -> list[str]:
-        """Names of all bias vectors, those of normalisation layers included."""
+        """Names of all biases, those of normalisation layers and experts included.
+
+        Tables of relative position biases are no bias vectors.
+        """
         return [
             name
-            for name, parameter in self.parameters.items()
-            if _last(name).endswith("bias") and parameter.ndim == 1
+            for name in self.parameters
+            if "bias" in _last(name).split("_") and not _last(name).endswith("table")
         ]
 
     def block(self, name: str) -> int | None:

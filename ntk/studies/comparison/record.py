@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ntk.kernels import ApproximateKernel, KernelResult, check_entries, reference_model
+from ntk.kernels import (
+    ApproximateKernel,
+    KernelResult,
+    check_entries,
+    reference_model,
+    require_small_errors,
+    tolerated_error,
+)
 from ntk.scale import Computation, Plan, Resources, held, kernels
 from ntk.spaces import Space
 from ntk.studies.comparison.measurement import Measurement
@@ -97,6 +104,8 @@ def evaluate(
     ordered = {k: data.in_split_order(v) for k, v in result.kernels.items()}
     with watch("certificate"):
         checks = _worst([_checks(compared, computation), *folds.checks])
+        dtype = next(module.parameters()).dtype
+        require_small_errors(checks, tolerated_error(options, dtype))
     measure = Measurement(
         data, ordered, options.kind, outputs, offset, split.seed, folds.entries
     )

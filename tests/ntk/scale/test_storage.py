@@ -86,6 +86,19 @@ def test_foreign_files(tmp_path, metadata, message):
         load_kernels(file)
 
 
+def test_values_that_were_changed_afterwards(tmp_path, kernels):
+    path = tmp_path / "kernels.safetensors"
+    save_kernels(path, kernels, {"task": "sst2", "sizes": {"full": 12}})
+    whole = path.read_bytes()
+    load_kernels(path)
+    for place in (-1, -9, whole.index(b"sst2")):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(StorageError, match="not those that were written"):
+            load_kernels(path)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         load_kernels(tmp_path / "kernels.safetensors")

@@ -1,9 +1,13 @@
 """Cached resolved spaces against newly resolved ones."""
 
+import warnings
+
+import pytest
+import torch
 from cases import BY_NAME
 from torch import nn
 
-from ntk.spaces.kinds import Full, LoRA, Rows
+from ntk.spaces.kinds import Bias, Columns, Full, Head, LoRA, Rows
 from ntk.spaces.resolution import resolve
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
@@ -34,3 +38,18 @@ def test_resolution_follows_the_weights_where_selections_do():
     row = (before[0] + 1) % 4
     bert.get_parameter(QUERY).data[row] = 100.0
     assert resolve(spaces, bert)["largest"][QUERY][0].rows == (row,)
+
+
+def test_a_selection_that_leaves_out_experts_warns_with_the_share():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.ones(3, 4, 4))
+
+    model = nn.Sequential(nn.ModuleList([nn.Linear(4, 4), Experts()]), nn.Linear(4, 2))
+    for space in (Rows(1), Columns(1) + Bias(), LoRA(2)):
+        with pytest.warns(UserWarning, match=r"hold 25 %.*'0\.1\.down_proj'"):
+            resolve({"": space}, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve({"": Full(), "head": Head(), "named": Rows(1).at("0")}, model)

@@ -238,3 +238,58 @@ def test_patterns_match_whole_components_or_globs(patterns, expected):
 def test_a_pattern_that_matches_nothing_names_what_there_is():
     with pytest.raises(SelectionError, match=r"'quer'.*attention.*key.*query"):
         match(NAMES, ["query", "quer"])
+
+
+class Renamed(nn.LayerNorm):
+    """A normalisation layer whose class is named otherwise."""
+
+
+class Scaled(Renamed):
+    """A subclass of a subclass."""
+
+
+class Experts(nn.Module):
+    """Experts fused in parameters of three dimensions, as mixtures have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.ones(4, 6, 8))
+        self.gate_up_proj_bias = nn.Parameter(torch.ones(4, 6))
+
+
+def test_what_is_no_linear_layer_is_said_with_its_share():
+    block = nn.Sequential(nn.Linear(8, 8), Experts(), Scaled(8))
+    model = nn.Sequential(nn.ModuleList([block, block]), nn.Linear(8, 2))
+    found = Architecture(model)
+    assert list(found.targets) == ["0.0.0.weight"]
+    assert found.left_out == ["0.0.1.gate_up_proj"]
+    assert found.covered == pytest.approx(64 / (64 + 192))
+    note = found.left_out_note()
+    assert "hold 25 % of the matrices' entries: '0.0.1.gate_up_proj' are no" in note
+    assert Architecture(BY_NAME["bert"].build()).left_out_note() is None
+
+
+def test_biases_norms_and_tables_of_every_kind():
+    model = nn.ModuleDict(
+        {
+            "lstm": nn.LSTM(4, 4, bidirectional=True),
+            "experts": Experts(),
+            "norm": Scaled(4),
+            "bag": nn.EmbeddingBag(5, 4),
+            "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "batch": nn.SyncBatchNorm(4),
+        }
+    )
+    model.relative_position_bias_table = nn.Parameter(torch.ones(3, 3))
+    found = Architecture(model)
+    biases = [n for n in found.biases if n.startswith(("lstm", "experts"))]
+    assert biases == [
+        *("lstm.bias_ih_l0", "lstm.bias_hh_l0"),
+        *("lstm.bias_ih_l0_reverse", "lstm.bias_hh_l0_reverse"),
+        "experts.gate_up_proj_bias",
+    ]
+    assert {"attention.bias_k", "attention.in_proj_bias"} <= set(found.biases)
+    assert "relative_position_bias_table" not in found.biases
+    assert found.norms == ["norm.weight", "norm.bias", "batch.weight", "batch.bias"]
+    assert "bag.weight" in found.embeddings
+    assert {"lstm.weight_ih_l0", "experts.gate_up_proj"} <= set(found.left_out)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ntk.kernels.empirical import empirical_ntk
 from ntk.kernels.options import KINDS, KernelOptions
+from ntk.kernels.spot_check import SpotCheckError
 from ntk.scale.resources import Resources
 from ntk.scale.run import kernels
 from ntk.spaces.kinds import Bias, Columns, Full, Head, LoRA, Rows
@@ -272,6 +273,15 @@ def test_kinds(folder, kind, tmp_path):
     assert (record["shuffled"] is not None) == measured
     assert summary_lines(record)
     assert all(f.is_file() for f in write_report(record, tmp_path).values())
+
+
+def test_kernels_that_the_definition_contradicts_make_no_record(folder):
+    compared = Comparison.of(load(folder), SPLIT, [Rows(2)])
+    computation = kernels(compared.work)
+    evaluate(compared, computation)
+    computation.result.kernels["rows:2"] *= 1.1
+    with pytest.raises(SpotCheckError, match=r"over rows:2 is wrong.*--no-cache"):
+        evaluate(compared, computation)
 
 
 def test_kinds_differ(folder, evaluation):
