@@ -75,6 +75,8 @@ SHARE = 0.8
 """Share of the free memory that is used if no budget is given."""
 SLACK = 0.05
 """Share of a budget that stays unused: allocators keep some freed memory."""
+NOISE = 2**24
+"""Bytes by which the memory that a process uses may differ from run to run."""
 SUMS = 4
 """Copies of the kernels that may exist at the same time at the end."""
 
@@ -204,6 +206,8 @@ def _plan(work: Work, resources: Resources) -> Plan:
         need = (budget * (1 - SLACK) - free + kept * (free / room if room else 2)) / (
             1 - SLACK
         )
+        # So much that it is enough also if the process then uses a little more.
+        need = 1.03 * need + NOISE
         raise MemoryBudgetError(
             f"memory={in_units(budget)} is too little: the process uses "
             f"{in_units(before)}, the activations of a batch {in_units(activations)}, "
@@ -399,7 +403,8 @@ def _activations(work: Work, batches: Sequence[Batch]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The output of the node that saves it would never be freed.
+        return tensor.detach()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with evaluating(model), hooks:

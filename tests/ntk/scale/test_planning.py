@@ -1,6 +1,9 @@
 """A memory budget: plans, kernels that do not depend on them, memory of a real run."""
 
+import gc
 import json
+import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -152,6 +155,29 @@ def test_a_real_run_stays_within_its_budget(tmp_path):
     assert peak < 1.1 * parse_bytes(budget)
     (report,) = tmp_path.glob("*/report.json")
     assert json.loads(report.read_text())["kernel"]["passes"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_amount_that_an_error_names_is_enough(tmp_path):
+    options = ["--rows", "3", "--shots", "16", "--test-size", "30", "--quiet"]
+    options += ["--no-cache", "--batch-size", "16", "--no-spill", "--output", tmp_path]
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        held_by_compare(*options, "--memory", "0.8GiB")
+    named = re.search(r"Give about ([\d.]+) (\w+)", failed.value.stderr)
+    assert failed.value.returncode == 2
+    held_by_compare(*options, "--memory", "".join(named.groups()))
+
+
+def test_planning_keeps_no_activations():
+    model, batches = in_pairs("bert", 6)
+    before = None
+    for _ in range(3):
+        plan_of(model, batches, 3, spaces=SPACES, memory=10**9)
+        gc.collect()
+        tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        assert before is None or tensors <= before
+        before = tensors
 
 
 def test_freed_memory_is_returned_if_the_budget_is_tight(bare, monkeypatch):
