@@ -5,6 +5,7 @@ parameters can be counted on a model without weights (on the meta device).
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,6 +146,7 @@ def selected(
         statistic = None if statistics is None else statistics[name]
         selections[name] = _select(config, name, weight, module, model, statistic)
     _check_patterns(config, list(selections))
+    _check_narrow(config, selections)
     return selections
 
 
@@ -261,7 +263,9 @@ def _indices(
     statistics: Statistics | None,
 ) -> tuple[int, ...]:
     parts = weight.parts if axis == "row" else (tuple(range(weight.inputs)),)
-    counts = [_count(config, name, len(part)) for part in parts]
+    wanted = [_count(config, name, len(part)) for part in parts]
+    # One narrow weight, such as the head of a regression, refuses no selection.
+    counts = [min(n, len(part)) for n, part in zip(wanted, parts, strict=True)]
     statistic = None if statistics is None else statistics[axis]
     if statistic is not None and not values.is_meta:
         statistic = statistic.to(values.device)
@@ -289,6 +293,48 @@ def _count(config: RoCoFTConfig, name: str, available: int) -> int:
     if config.fraction is not None:
         return max(1, round(config.fraction * available))
     return config.r
+
+
+def _check_narrow(config: RoCoFTConfig, selections: Mapping[str, Selected]) -> None:
+    """Warn of weights with fewer rows or columns than asked for; refuse if all are.
+
+    A count that no weight has is a mistake; where only some lack it, all they have is
+    taken.
+
+    Raises:
+        SelectionError: If all are.
+    """
+    if config.indices is not None:
+        return
+    narrow: dict[str, tuple[int, int, str]] = {}
+    for name, selection in selections.items():
+        weight = selection.weight
+        rows, columns = min(map(len, weight.parts)), weight.inputs
+        sides = (
+            ("rows", selection.rows, rows),
+            ("columns", selection.columns, columns),
+        )
+        for side, chosen, available in sides:
+            count = _count(config, name, available)
+            if chosen and count > available:
+                narrow[name] = count, available, side
+    if not narrow:
+        return
+    name, (count, available, side) = next(iter(narrow.items()))
+    fused = " in each fused part" if len(selections[name].weight.parts) > 1 else ""
+    if len(narrow) == len(selections):
+        most = max(found for _, found, _ in narrow.values())
+        raise SelectionError(
+            f"{side}={count} cannot be selected from {name!r}, which has {available} "
+            f"{side}{fused}, nor from another of the {len(selections)} targeted "
+            f"weights. Choose a number from 1 to {most}."
+        )
+    warnings.warn(
+        f"{len(narrow)} of {len(selections)} targeted weights have fewer {side} than "
+        f"{count}, such as {name!r} with {available}{fused}: all of theirs are "
+        "trained.",
+        stacklevel=2,
+    )
 
 
 def _axis(config: RoCoFTConfig, name: str, weight: LinearWeight) -> str:
@@ -355,6 +401,11 @@ def _linear_weight(
     parts = fused_parts(name, layer, config, outputs)
     dimension = 1 if isinstance(layer, Conv1D) else 0
     return LinearWeight(f"{name}.weight", name, outputs, inputs, dimension, parts)
+
+
+def adaptable(model: nn.Module, name: str) -> bool:
+    """Return whether RoCoFT can adapt the weight of a module, given by its name."""
+    return _unsupported(model, _original(name)) is None
 
 
 def _unsupported(model: nn.Module, name: str) -> str | None:

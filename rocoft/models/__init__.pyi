@@ -8,7 +8,7 @@ from .architecture import (
 )
 from .backbone import Backbone, allow_padding, length_limit, load_backbone
 from .location import Location, as_given, locate
-from .merging import merged
+from .merging import merged, shared_weights
 from .notation import read, split_term
 from .offloaded import keep_on_host
 from .on_use import LinearOnUse, base_weight
@@ -42,6 +42,7 @@ __all__ = [
     "locate",
     # merging
     "merged",
+    "shared_weights",
     # notation
     "read",
     "split_term",
