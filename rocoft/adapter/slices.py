@@ -5,10 +5,8 @@ parameters can be counted on a model without weights (on the meta device).
 """
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -35,8 +33,9 @@ from rocoft.models import (
     LinearWeight,
     SelectionError,
     base_weight,
+    check_counts,
     fused_parts,
-    select,
+    select_each,
 )
 
 READS_WEIGHTS = ("max", "min", "mixed", "activation")
@@ -146,7 +145,7 @@ def selected(
         statistic = None if statistics is None else statistics[name]
         selections[name] = _select(config, name, weight, module, model, statistic)
     _check_patterns(config, list(selections))
-    _check_narrow(config, selections)
+    check_counts(list(_asked(config, selections)))
     return selections
 
 
@@ -263,27 +262,16 @@ def _indices(
     statistics: Statistics | None,
 ) -> tuple[int, ...]:
     parts = weight.parts if axis == "row" else (tuple(range(weight.inputs)),)
-    wanted = [_count(config, name, len(part)) for part in parts]
-    # One narrow weight, such as the head of a regression, refuses no selection.
-    counts = [min(n, len(part)) for n, part in zip(wanted, parts, strict=True)]
+    counts = [_count(config, name, len(part)) for part in parts]
     statistic = None if statistics is None else statistics[axis]
     if statistic is not None and not values.is_meta:
         statistic = statistic.to(values.device)
-    choose = partial(
-        select,
-        values=values,
-        axis=axis,
-        strategy=cast(Strategy, config.selection),
+    return select_each(
+        *(weight, values, axis, counts),
+        cast(Strategy, config.selection),
         seed=config.seed,
         statistics=statistic,
     )
-    if len(set(counts)) == 1:
-        return choose(weight, count=counts[0])
-    # Where heads share keys, a fraction is more queries than keys and values.
-    chosen: list[int] = []
-    for part, count in zip(parts, counts, strict=True):
-        chosen += choose(replace(weight, parts=(part,)), count=count)
-    return tuple(sorted(chosen))
 
 
 def _count(config: RoCoFTConfig, name: str, available: int) -> int:
@@ -295,46 +283,18 @@ def _count(config: RoCoFTConfig, name: str, available: int) -> int:
     return config.r
 
 
-def _check_narrow(config: RoCoFTConfig, selections: Mapping[str, Selected]) -> None:
-    """Warn of weights with fewer rows or columns than asked for; refuse if all are.
-
-    A count that no weight has is a mistake; where only some lack it, all they have is
-    taken.
-
-    Raises:
-        SelectionError: If all are.
-    """
+def _asked(
+    config: RoCoFTConfig, selections: Mapping[str, Selected]
+) -> Iterator[tuple[LinearWeight, Axis, int]]:
+    """Yield how many rows and columns of each weight the configuration asks for."""
     if config.indices is not None:
         return
-    narrow: dict[str, tuple[int, int, str]] = {}
     for name, selection in selections.items():
         weight = selection.weight
-        rows, columns = min(map(len, weight.parts)), weight.inputs
-        sides = (
-            ("rows", selection.rows, rows),
-            ("columns", selection.columns, columns),
-        )
-        for side, chosen, available in sides:
-            count = _count(config, name, available)
-            if chosen and count > available:
-                narrow[name] = count, available, side
-    if not narrow:
-        return
-    name, (count, available, side) = next(iter(narrow.items()))
-    fused = " in each fused part" if len(selections[name].weight.parts) > 1 else ""
-    if len(narrow) == len(selections):
-        most = max(found for _, found, _ in narrow.values())
-        raise SelectionError(
-            f"{side}={count} cannot be selected from {name!r}, which has {available} "
-            f"{side}{fused}, nor from another of the {len(selections)} targeted "
-            f"weights. Choose a number from 1 to {most}."
-        )
-    warnings.warn(
-        f"{len(narrow)} of {len(selections)} targeted weights have fewer {side} than "
-        f"{count}, such as {name!r} with {available}{fused}: all of theirs are "
-        "trained.",
-        stacklevel=2,
-    )
+        if selection.rows:
+            yield weight, "row", _count(config, name, min(map(len, weight.parts)))
+        if selection.columns:
+            yield weight, "column", _count(config, name, weight.inputs)
 
 
 def _axis(config: RoCoFTConfig, name: str, weight: LinearWeight) -> str:

@@ -264,7 +264,8 @@ def summary(record: Mapping[str, Any]) -> list[str]:
     """
     counts = record["parameters"]
     share = 100 * counts["trainable"] / counts["total"]
-    lines = [
+    lines = [f"warning: {text}" for text in record.get("warnings", ())]
+    lines += [
         f"trainable parameters: {counts['trainable']:,} with the head, "
         f"{counts['without_head']:,} without ({share:.3g} % of {counts['total']:,})"
     ]
@@ -277,7 +278,7 @@ def summary(record: Mapping[str, Any]) -> list[str]:
         )
         chosen = run["learning_rate"] == record["learning_rate"]
         lines.append(
-            f"learning rate {run['learning_rate']:g}: dev {record['metric']} {score}, "
+            f"learning rate {run['learning_rate']!r}: dev {record['metric']} {score}, "
             f"{run['steps']} steps{', chosen' if chosen else ''}"
         )
     if end := record.get("rate_at_end"):

@@ -71,7 +71,7 @@ def searched(monkeypatch, tmp_path):
     trained = []
     monkeypatch.setattr(module, "_train", train)
     monkeypatch.setattr(module, "load_file", lambda _: {})
-    monkeypatch.setattr(module, "_load_weights", lambda *_: None)
+    monkeypatch.setattr(module, "load_weights", lambda *_: None)
     monkeypatch.setattr(module, "_trainer", lambda *_: Model())
     monkeypatch.setattr(
         module, "_arguments", lambda job, rate, *_: Arguments(learning_rate=rate)
