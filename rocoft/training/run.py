@@ -80,7 +80,9 @@ def _nothing_left_of_a_false_start(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not any((folder / SEARCH).glob("lr-*")):
+        # The Trainer makes the folder of its checkpoints before it refuses an argument.
+        kept = ("lr-*.json", "lr-*/checkpoint-*")
+        if not any(any((folder / SEARCH).glob(name)) for name in kept):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
