@@ -1,6 +1,7 @@
+from .adapter.calibration import calibrated
 from .adapter.config import RoCoFTConfig
 from .adapter.export import export_lora
-from .adapter.model import RoCoFTModel, calibrated
+from .adapter.model import RoCoFTModel
 from .adapter.slices import parameter_count
 from .data.splits import few_shot, lmbff_split
 from .data.tasks import load_file, load_task

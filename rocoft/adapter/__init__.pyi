@@ -1,6 +1,7 @@
+from .calibration import Loss, calibrated
 from .config import Axes, RoCoFTConfig
 from .export import export_lora
-from .model import Loss, RoCoFTModel, calibrated
+from .model import RoCoFTModel
 from .slices import parameter_count
 
 __all__ = [
@@ -10,8 +11,8 @@ __all__ = [
     "export_lora",
     "calibrated",
     "parameter_count",
+    # calibration
+    "Loss",
     # config
     "Axes",
-    # model
-    "Loss",
 ]

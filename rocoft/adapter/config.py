@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from rocoft.commands import STRATEGIES
@@ -74,8 +74,9 @@ class RoCoFTConfig(PeftConfig):
 
     Attributes:
         r: Rows or columns of each weight; in a fused query-key-value weight, rows of
-            each of the three. Consecutive rows of an attention projection lie in one
-            head (row ``i`` in head ``i // head_dim``).
+            each of the three; all that a weight has if it has fewer, with a warning.
+            Consecutive rows of an attention projection lie in one head (row ``i`` in
+            head ``i // head_dim``).
         fraction: Share of each weight's rows or columns in (0, 1], rounded, at least
             one; replaces `r`.
         axis: ``"row"``, ``"column"``, ``"both"`` (`r` rows and `r` columns of each
@@ -90,7 +91,8 @@ class RoCoFTConfig(PeftConfig):
             `r` and `axis`.
         target_modules: Ends of module names, a regular expression, ``"all-linear"``
             (all but the output layer), ``"every-linear"`` (all), or None: the modules
-            in `indices`, else every linear layer in the transformer blocks.
+            in `indices`, else every linear layer in the transformer blocks. What these
+            leave out of the blocks, as experts fused into one tensor, is warned of.
         exclude_modules: Ends of module names, or a regular expression.
         layers_to_transform: Indices of the transformer blocks to target; not with a
             string as `target_modules`.
@@ -124,6 +126,10 @@ class RoCoFTConfig(PeftConfig):
     # Not fields: peft reads the first, `from_pretrained` sets the second.
     target_parameters = None
     _stored_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None
+    _folder: ClassVar[str | None] = None
+    _weights_are_missing: ClassVar[bool] = False
+    # The model before the adapter, while it is loaded: an `undo.Before`.
+    before: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,8 +181,8 @@ class RoCoFTConfig(PeftConfig):
         """Return the configuration of the paper's code.
 
         It trains the first `r` rows or columns of every linear layer, the head's
-        included, and all biases. Leave `task_type` out: with ``"SEQ_CLS"`` peft trains
-        the whole head instead.
+        included (all that a layer has if these are fewer), and all biases. Leave
+        `task_type` out: with ``"SEQ_CLS"`` peft trains the whole head instead.
 
         Args:
             r: Rows or columns of each weight.
@@ -215,7 +221,34 @@ class RoCoFTConfig(PeftConfig):
         file = folder / SAFETENSORS_WEIGHTS_NAME
         # peft would read a broken file only after it has changed the model.
         config._stored_shapes = _shapes(file) if file.is_file() else None
+        config._folder = str(pretrained_model_name_or_path)
+        old_file = folder / WEIGHTS_NAME
+        config._weights_are_missing = (
+            # A configuration without an adapter is saved with inference_mode=False.
+            config.inference_mode
+            and folder.is_dir()
+            and not file.is_file()
+            and not old_file.is_file()
+        )
         return config
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the configuration was loaded, as peft does to load an adapter."""
+        return self._folder is not None
+
+    def check_weights(self) -> None:
+        """Refuse the configuration of an adapter whose folder lacks the weights.
+
+        Raises:
+            SelectionError: If it does.
+        """
+        if self._weights_are_missing:
+            raise SelectionError(
+                f"adapter folder {self._folder!r} has no {SAFETENSORS_WEIGHTS_NAME}: "
+                "nothing can be loaded. Copy or download it again; to train anew, make "
+                "a new RoCoFTConfig. The model is unchanged."
+            )
 
     @property
     def stored_shapes(self) -> dict[str, tuple[int, ...]] | None:

@@ -44,7 +44,8 @@ def export_lora(
         The LoRA adapter's configuration.
 
     Raises:
-        SelectionError: If the model has no such RoCoFT adapter.
+        SelectionError: If the model has no such RoCoFT adapter, or an adapted module
+            is registered under two names, of which stock peft adapts one.
     """
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
@@ -62,9 +63,15 @@ def export_lora(
         if ".rocoft_" not in key
     }
     ranks, transposed = {}, set()
-    for name, layer in base.named_modules():
+    names: dict[nn.Module, str] = {}
+    for name, layer in base.named_modules(remove_duplicate=False):
         if not isinstance(layer, RoCoFTLinear) or not layer.has(adapter_name):
             continue
+        if (first := names.setdefault(layer, name)) != name:
+            raise SelectionError(
+                f"module {first!r} is also registered as {name!r}, which stock peft "
+                "would not adapt. Merge the adapter, or save it as it is."
+            )
         a, b = _factors(layer, adapter_name)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b

@@ -269,6 +269,12 @@ class RoCoFTLinear(nn.Module, BaseTunerLayer):
         """Return whether the layer has slices of an adapter."""
         return adapter in self.rocoft_rows or adapter in self.rocoft_columns
 
+    def is_zero(self, adapter: str) -> bool:
+        """Return whether an adapter changes nothing here: as it was made, or absent."""
+        slices = (self.rocoft_rows, self.rocoft_columns)
+        values = [by_adapter[adapter] for by_adapter in slices if adapter in by_adapter]
+        return all(value.is_meta or not bool(value.any()) for value in values)
+
     def tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return an adapter's slices and indices as they are saved.
 

@@ -1,14 +1,12 @@
 """RoCoFT as a method of peft: applying, loading, merging and mixing adapters."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import (
@@ -16,32 +14,65 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from rocoft.adapter.config import ROCOFT, RoCoFTConfig
+from rocoft.adapter.coverage import warn_of_left_out
 from rocoft.adapter.layer import RoCoFTLinear
 from rocoft.adapter.slices import (
     Selected,
-    Statistics,
     selected,
     target_names,
-    targeted_weights,
 )
-from rocoft.models import DATA_STRATEGIES, SelectionError
+from rocoft.adapter.undo import Before, holding
+from rocoft.models import SelectionError, shared_weights
 
 Shapes = Mapping[str, Sequence[int]]
-Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
 class RoCoFTModel(BaseTuner):
     """A model with RoCoFT adapters.
 
-    Use `peft.get_peft_model(model, RoCoFTConfig(...))` to make one.
+    Use `peft.get_peft_model(model, RoCoFTConfig(...))` to make one. A model that holds
+    adapters takes more by ``add_adapter`` or ``load_adapter``, or is wrapped again
+    under another name, which leaves only the new adapter active and trained. A name
+    that is taken and layers of another method are refused; so are merges into a weight
+    that has another use. What is refused leaves the model as it was.
+
+    Example:
+        >>> import peft
+        >>> from torch import nn
+        >>> base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> model = peft.get_peft_model(base, RoCoFTConfig(r=1, target_modules=["0"]))
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['base_model.model.0.rocoft_rows.default']
     """
 
     prefix = "rocoft_"
     tuner_layer_cls = RoCoFTLinear
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        *args: Any,
+        **kw: Any,
+    ) -> None:
+        known = getattr(model, "peft_config", None)
+        before = None if known is None else dict(known)
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kw)
+        except BaseException:
+            if known is not None and before is not None:
+                # peft has entered the new configuration already.
+                known.clear()
+                known.update(before)
+            raise
+        if before:
+            # Adapters that were there neither train nor count beside the new one.
+            config: Any = self.peft_config[adapter_name]
+            self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def inject_adapter(
         self,
@@ -66,17 +97,24 @@ class RoCoFTModel(BaseTuner):
             modules = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
         # All that can fail comes before the first module is replaced.
         self._selected = selected(config, model, modules=modules)
+        _check_free(model, adapter_name)
+        config.check_weights()
         renames = getattr(model, "_checkpoint_conversion_mapping", None)
         if config.inference_mode and config.stored_shapes is not None and not renames:
             expected = {name: s.shapes for name, s in self._selected.items()}
             _check_fit(config.stored_shapes, expected, config)
-        names = target_names(config, model)
-        config.target_modules = names if isinstance(names, str) else set(names)
+        if modules is None:
+            warn_of_left_out(config, model)
+        targets = target_names(config, model)
+        config.target_modules = targets if isinstance(targets, str) else set(targets)
+        if config.is_loaded:
+            config.before = Before(model)
+        self._repeated = _repeated(model)
         super().inject_adapter(
             *(model, adapter_name, autocast_adapter_dtype),
             *(low_cpu_mem_usage, state_dict),
         )
-        del self._selected
+        del self._selected, self._repeated
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -99,13 +137,20 @@ class RoCoFTModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(
-            merge, progressbar, safe_merge, adapter_names
-        )
+        self._repeated = _repeated(self.model)
+        try:
+            return super()._unload_and_optionally_merge(
+                merge, progressbar, safe_merge, adapter_names
+            )
+        finally:
+            del self._repeated
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module
     ) -> None:
+        # peft knows one name of a module that is registered under several.
+        for other, name in self._repeated.get(child, []):
+            setattr(other, name, new_module)
         if isinstance(child, AuxiliaryTrainingWrapper):
             # peft expects a weight, which a head of several layers lacks.
             setattr(parent, child_name, new_module)
@@ -113,10 +158,19 @@ class RoCoFTModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe: bool) -> None:
+        shared = shared_weights(self.model)
         for name, layer in self.model.named_modules():
             if not isinstance(layer, RoCoFTLinear):
                 continue
-            for adapter in layer.mergeable(adapter_names):
+            adapters = layer.mergeable(adapter_names)
+            if adapters and name in shared:
+                raise SelectionError(
+                    f"adapters {adapters} cannot be merged into {name!r}: its weight "
+                    f"is also that of {shared[name]!r}, which merging would change "
+                    "too. Leave them unmerged, export them by rocoft.export_lora, or "
+                    f"train with exclude_modules=[{name!r}]. Nothing has been merged."
+                )
+            for adapter in adapters:
                 tensors = layer.tensors(adapter).values()
                 if safe and not all(bool(t.isfinite().all()) for t in tensors):
                     raise ValueError(
@@ -193,6 +247,25 @@ class RoCoFTModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Refuse an adapter that does not fit, where peft would only warn."""
+        try:
+            cls._check_loaded(model, config, adapter_name, state_dict)
+        except SelectionError:
+            if config.before is not None:
+                config.before.restore(model, adapter_name)
+            raise
+        config.before = None
+        return super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+
+    @classmethod
+    def _check_loaded(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> None:
         loaded = {_original(k): v for k, v in state_dict.items() if ".rocoft_" in k}
         layers = {
             _original(name): layer
@@ -220,9 +293,6 @@ class RoCoFTModel(BaseTuner):
                         f"ascending numbers below {limit}: the file is damaged or of "
                         "another model. Nothing has been loaded."
                     )
-        return super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
 
 
 def _check_fit(
@@ -256,6 +326,35 @@ def _check_fit(
     )
 
 
+def _check_free(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a name that adapters of the model have, and adapters of other methods."""
+    if held := holding(model, adapter_name):
+        raise SelectionError(
+            f"{type(model).__name__} holds an adapter {adapter_name!r} already, in "
+            f"{len(held)} modules such as {held[0]!r}: both would train. Remove it "
+            "first (model = model.unload()), or give the new one another name "
+            "(adapter_name=...). The model is unchanged."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, RoCoFTLinear):
+            raise SelectionError(
+                f"{type(model).__name__} holds adapters of another peft method, such "
+                f"as the {type(module).__name__} at {name!r}: they would train too, "
+                "and not be saved. Merge them first (model = model.merge_and_unload())"
+                " or remove them (model = model.unload()). The model is unchanged."
+            )
+
+
+def _repeated(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Return where each module is registered that has several places."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    return {child: found for child, found in places.items() if len(found) > 1}
+
+
 def _original(name: str) -> str:
     """Return a name without the parts that wrappers add."""
     for wrapper in ("_fsdp_wrapped_module.", "_orig_mod."):
@@ -267,172 +366,6 @@ def _with_adapter_names(
     _: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]
 ) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def calibrated(
-    config: RoCoFTConfig,
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    loss: Loss | None = None,
-) -> RoCoFTConfig:
-    """Select rows and columns by examples, for strategies that need them.
-
-    ``"activation"`` scores by ``sum |W| ||x||``, with the norm of each input feature
-    over all positions without padding (Sun et al. 2024, Wanda). ``"gradient"`` scores
-    by the squared gradient of the loss, summed over each row or column and over
-    examples.
-
-    Args:
-        config: The configuration.
-        model: The model without the adapter; it is left unchanged.
-        batches: Keyword arguments of the model, with labels for ``"gradient"``.
-        loss: Loss of the model on one example, for models that do not return one.
-
-    Returns:
-        The configuration with explicit indices; the same one if the strategy needs no
-        examples or there are indices already.
-
-    Raises:
-        SelectionError: If the examples do not reach a targeted module, or the model
-            returns no loss.
-    """
-    if config.selection not in DATA_STRATEGIES or config.indices is not None:
-        return config
-    names = list(targeted_weights(config, model))
-    training = {module: module.training for module in model.modules()}
-    requires_grad = {p: p.requires_grad for p in model.parameters()}
-    model.eval()
-    try:
-        if config.selection == "activation":
-            statistics = _input_norms(model, names, batches)
-        else:
-            statistics = _squared_gradients(model, names, batches, loss or _model_loss)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
-    selections = selected(config, model, statistics)
-    indices = {
-        name: {"rows": list(selection.rows), "columns": list(selection.columns)}
-        for name, selection in selections.items()
-    }
-    return replace(config, indices=indices)
-
-
-def _input_norms(
-    model: nn.Module, names: Sequence[str], batches: Iterable[Mapping[str, Any]]
-) -> dict[str, Statistics]:
-    """Return the norm of each input feature of each module, ``(inputs,)``."""
-    squares: dict[str, Tensor] = {}
-
-    def add(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        square = args[0].detach().double().flatten(0, -2).square().sum(dim=0)
-        squares[name] = squares[name] + square if name in squares else square
-
-    with ExitStack() as hooks, torch.no_grad():
-        for name in names:
-            module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(partial(add, name))
-            hooks.callback(handle.remove)
-        for example in _examples(model, batches):
-            model(**example)
-    _check_reached(names, squares)
-    norms = {name: square.sqrt().float() for name, square in squares.items()}
-    return {name: {"row": norm, "column": norm} for name, norm in norms.items()}
-
-
-def _squared_gradients(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Iterable[Mapping[str, Any]],
-    loss: Loss,
-) -> dict[str, Statistics]:
-    """Return squared gradients, summed over each row and each column and examples."""
-    layers = {name: _linear(model.get_submodule(name)) for name in names}
-    weights = {}
-    for name, layer in layers.items():
-        if resolve_quantization_backend(layer, **get_quantization_kwargs(model)):
-            raise SelectionError(
-                f"selection='gradient' cannot score {name!r}: its weight is quantised "
-                "and has no gradient. Choose 'activation', or calibrate on the "
-                "unquantised model."
-            )
-        weights[name] = layer.get_parameter("weight").requires_grad_()
-    rows: dict[str, Tensor] = {}
-    columns: dict[str, Tensor] = {}
-    for example in _examples(model, batches):
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                loss(model, example), list(weights.values()), allow_unused=True
-            )
-        for name, gradient in zip(weights, gradients, strict=True):
-            if gradient is None:
-                continue
-            square = gradient.double().square()
-            if isinstance(layers[name], Conv1D):
-                square = square.t()
-            rows[name] = rows.get(name, 0) + square.sum(dim=1)
-            columns[name] = columns.get(name, 0) + square.sum(dim=0)
-    _check_reached(names, rows)
-    return {name: {"row": rows[name], "column": columns[name]} for name in names}
-
-
-def _examples(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Yield examples one at a time, without their padding."""
-    device = next(model.parameters()).device
-    for batch in batches:
-        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-        others = {k: v for k, v in batch.items() if k not in tensors}
-        for i in range(len(next(iter(tensors.values()), ()))):
-            example = {key: value[i : i + 1] for key, value in tensors.items()}
-            yield {**others, **_unpadded(example)}
-
-
-def _unpadded(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the positions that an example's masks exclude from all its tensors."""
-    unpadded = dict(example)
-    decoder = {key for key in example if key.startswith("decoder_")}
-    if decoder and "labels" in example:
-        decoder.add("labels")
-    for mask_name, keys in (
-        ("decoder_attention_mask", decoder),
-        ("attention_mask", set(example) - decoder),
-    ):
-        mask = example.get(mask_name)
-        if mask is None or mask.ndim != 2:
-            continue
-        for key in keys:
-            if example[key].shape[:2] == mask.shape:
-                unpadded[key] = example[key][:, mask[0].bool()]
-    return unpadded
-
-
-def _model_loss(model: nn.Module, example: Mapping[str, Any]) -> Tensor:
-    value = getattr(model(**example), "loss", None)
-    if value is None:
-        raise SelectionError(
-            "selection='gradient' needs a loss, but the model returns none for a batch "
-            f"of {', '.join(example)}. Add labels, or pass loss=."
-        )
-    return value
-
-
-def _check_reached(names: Sequence[str], statistics: Mapping[str, Any]) -> None:
-    unreached = [name for name in names if name not in statistics]
-    if unreached:
-        raise SelectionError(
-            f"the examples of batches do not reach {len(unreached)} targeted modules, "
-            f"such as {unreached[0]!r}. Give at least one example, and target modules "
-            "that the model uses."
-        )
-
-
-def _linear(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, RoCoFTLinear) else module
 
 
 def _register() -> None:

@@ -7,7 +7,6 @@ parameters can be counted on a model without weights (on the meta device).
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,8 +33,9 @@ from rocoft.models import (
     LinearWeight,
     SelectionError,
     base_weight,
+    check_counts,
     fused_parts,
-    select,
+    select_each,
 )
 
 READS_WEIGHTS = ("max", "min", "mixed", "activation")
@@ -145,6 +145,7 @@ def selected(
         statistic = None if statistics is None else statistics[name]
         selections[name] = _select(config, name, weight, module, model, statistic)
     _check_patterns(config, list(selections))
+    check_counts(list(_asked(config, selections)))
     return selections
 
 
@@ -265,21 +266,12 @@ def _indices(
     statistic = None if statistics is None else statistics[axis]
     if statistic is not None and not values.is_meta:
         statistic = statistic.to(values.device)
-    choose = partial(
-        select,
-        values=values,
-        axis=axis,
-        strategy=cast(Strategy, config.selection),
+    return select_each(
+        *(weight, values, axis, counts),
+        cast(Strategy, config.selection),
         seed=config.seed,
         statistics=statistic,
     )
-    if len(set(counts)) == 1:
-        return choose(weight, count=counts[0])
-    # Where heads share keys, a fraction is more queries than keys and values.
-    chosen: list[int] = []
-    for part, count in zip(parts, counts, strict=True):
-        chosen += choose(replace(weight, parts=(part,)), count=count)
-    return tuple(sorted(chosen))
 
 
 def _count(config: RoCoFTConfig, name: str, available: int) -> int:
@@ -289,6 +281,20 @@ def _count(config: RoCoFTConfig, name: str, available: int) -> int:
     if config.fraction is not None:
         return max(1, round(config.fraction * available))
     return config.r
+
+
+def _asked(
+    config: RoCoFTConfig, selections: Mapping[str, Selected]
+) -> Iterator[tuple[LinearWeight, Axis, int]]:
+    """Yield how many rows and columns of each weight the configuration asks for."""
+    if config.indices is not None:
+        return
+    for name, selection in selections.items():
+        weight = selection.weight
+        if selection.rows:
+            yield weight, "row", _count(config, name, min(map(len, weight.parts)))
+        if selection.columns:
+            yield weight, "column", _count(config, name, weight.inputs)
 
 
 def _axis(config: RoCoFTConfig, name: str, weight: LinearWeight) -> str:
@@ -355,6 +361,11 @@ def _linear_weight(
     parts = fused_parts(name, layer, config, outputs)
     dimension = 1 if isinstance(layer, Conv1D) else 0
     return LinearWeight(f"{name}.weight", name, outputs, inputs, dimension, parts)
+
+
+def adaptable(model: nn.Module, name: str) -> bool:
+    """Return whether RoCoFT can adapt the weight of a module, given by its name."""
+    return _unsupported(model, _original(name)) is None
 
 
 def _unsupported(model: nn.Module, name: str) -> str | None:

@@ -6,17 +6,23 @@ from .architecture import (
     match,
     order_of_place,
 )
-from .backbone import Backbone, allow_padding, length_limit, load_backbone
+from .backbone import (
+    Backbone,
+    allow_padding,
+    check_direction,
+    length_limit,
+    load_backbone,
+)
 from .location import Location, as_given, locate
-from .merging import merged
+from .merging import merged, shared_weights
 from .notation import read, split_term
 from .offloaded import keep_on_host
 from .on_use import LinearOnUse, base_weight
-from .pretrained import load_pretrained, resolved_device
+from .pretrained import BackboneError, load_pretrained, resolved_device
 from .probe import fit_probe, heads_without
 from .quantised import dequantised_on_use
 from .readouts import LabelWords, MeanPooled, Prompted, SharedOutput, logits
-from .selection import DATA_STRATEGIES, Axis, select
+from .selection import DATA_STRATEGIES, Axis, check_counts, select, select_each
 
 __all__ = [
     # for users
@@ -33,6 +39,7 @@ __all__ = [
     "order_of_place",
     # backbone
     "allow_padding",
+    "check_direction",
     "fit_probe",
     "heads_without",
     "length_limit",
@@ -42,6 +49,7 @@ __all__ = [
     "locate",
     # merging
     "merged",
+    "shared_weights",
     # notation
     "read",
     "split_term",
@@ -49,6 +57,7 @@ __all__ = [
     "LinearOnUse",
     "base_weight",
     # pretrained
+    "BackboneError",
     "load_pretrained",
     "resolved_device",
     # readouts
@@ -60,5 +69,7 @@ __all__ = [
     # selection
     "Axis",
     "DATA_STRATEGIES",
+    "check_counts",
     "select",
+    "select_each",
 ]

@@ -5,7 +5,7 @@ head. Models store weights in two orientations, fuse query, key and value in sev
 layouts and name everything differently. Only this file knows these details.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -140,6 +140,44 @@ class Architecture:
         weights = {n: w for n, w in self.linear_weights.items() if n not in head}
         inside = {n: w for n, w in weights.items() if self.block(n) is not None}
         return inside or weights
+
+    @cached_property
+    def matrices(self) -> dict[str, int]:
+        """Sizes of the parameters in the transformer blocks with two axes or more.
+
+        Those of `targets`, and what selections of linear weights leave out, such as
+        experts that are fused into one tensor. Embedding tables are not counted.
+        """
+        tables = set(self._owned(lambda module: isinstance(module, nn.Embedding)))
+        return {
+            name: parameter.numel()
+            for name, parameter in self.parameters.items()
+            if parameter.ndim > 1
+            and self.block(name) is not None
+            and name not in tables
+            and not any(part in name for part in (".lora_", ".rocoft_"))
+        }
+
+    def left_out(self, chosen: Collection[str]) -> str | None:
+        """Return what a selection of all linear weights in the blocks leaves out.
+
+        Args:
+            chosen: Names of the weights that it can adapt.
+
+        Returns:
+            A clause for users with the share of `matrices`; None below one percent.
+        """
+        others = {name: n for name, n in self.matrices.items() if name not in chosen}
+        share = sum(others.values()) / max(1, sum(self.matrices.values()))
+        if share < 0.01:
+            return None
+        largest = max(others, key=lambda name: others[name])
+        return (
+            f"{100 * share:.0f} % of the numbers in the matrices of {self.name}'s "
+            f"blocks are not in linear layers that can be adapted: {len(others)} "
+            f"parameters such as {largest!r}, "
+            f"{tuple(self.parameters[largest].shape)}"
+        )
 
     @cached_property
     def head(self) -> list[str]:

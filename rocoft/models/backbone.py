@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -56,7 +57,11 @@ from rocoft.models.pretrained import (
 )
 from rocoft.models.probe import fit_probe
 from rocoft.models.quantised import dequantised_on_use
+from rocoft.models.readouts import logits
 from rocoft.models.words import prompted, word_tokens
+
+_PROBED = 6
+"""Number of tokens of the texts that show in which direction a model reads."""
 
 
 @dataclass
@@ -220,7 +225,9 @@ def load_backbone(
         The backbone, in evaluation mode.
 
     Raises:
-        BackboneError: If the model cannot be loaded, or lacks the readout.
+        BackboneError: If the model cannot be loaded, lacks the readout, or does not
+            look the way that the readout needs: a causal model reads no later token, a
+            masked one does.
     """
     place = locate(model)
     path, name = place.path, place.name
@@ -237,6 +244,12 @@ def load_backbone(
         raise BackboneError(
             f"load_in={load_in!r} keeps the weights on the device, offload=True does "
             "not. Choose one of them."
+        )
+    if readout == "causal" and getattr(config, "is_encoder_decoder", False):
+        raise BackboneError(
+            f"readout='causal' is for decoders, but {name!r} is an encoder-decoder: "
+            "its decoder alone would read no prompt that it was trained on. Use "
+            "readout='head'."
         )
     check_device(device)
     options = weight_options(dtype, load_in, device)
@@ -269,6 +282,10 @@ def load_backbone(
         module = dequantised_on_use(module)
         for new_path in new_paths:
             module.get_submodule(new_path).to(device)
+    if readout == "head":
+        _check_reading(module.eval(), name)
+    else:
+        check_direction(module.eval(), name, causal=readout == "causal")
     backbone = Backbone(
         *(name, module.eval(), tokenizer, readout, bool(new_names)),
         *(prompt if readout != "head" else None, min(max_length, limit)),
@@ -304,6 +321,80 @@ def load_backbone(
             "tokens"
         )
     return backbone
+
+
+def check_direction(module: Any, name: str, *, causal: bool) -> None:
+    """Refuse a language model that reads in another direction than the task needs.
+
+    An encoder taken as a causal model sees the token that it is to predict; a decoder
+    taken as a masked model does not see the text after the mask.
+
+    Args:
+        module: The model, in evaluation mode.
+        name: Name of the model in errors.
+        causal: Whether it is to read no later token, not to read later ones.
+
+    Raises:
+        BackboneError: If it reads in the other direction.
+    """
+    kind = type(module).__name__
+    looks_ahead = _depends(module, slice(_PROBED // 2, None), slice(_PROBED // 2))
+    if causal and looks_ahead:
+        raise BackboneError(
+            f"{name!r} is no causal language model: its {kind} reads later tokens, so "
+            "it would see the answer. Give a decoder, or use readout='masked' or "
+            "'head' for a task with classes."
+        )
+    if not causal and not looks_ahead:
+        raise BackboneError(
+            f"{name!r} is no masked language model: its {kind} reads no later token "
+            "(is_decoder in its configuration?), so it would not see the text after "
+            "the mask. Use readout='causal' or 'head'."
+        )
+
+
+def _check_reading(module: Any, name: str) -> None:
+    """Refuse a classifier that reads the first token and nothing after it."""
+    if not getattr(module.config, "is_decoder", False):
+        return
+    if _depends(module, slice(1)) and not _depends(module, slice(1, None)):
+        raise BackboneError(
+            f"{name!r} is no classifier of texts: its {type(module).__name__} reads "
+            "the first token, which sees no other (is_decoder in its configuration). "
+            "Set is_decoder to false there, or use a readout of label words."
+        )
+
+
+def _depends(module: Any, changed: slice, read: slice | None = None) -> bool:
+    """Whether outputs change with some tokens of a text.
+
+    Args:
+        module: The model, in evaluation mode.
+        changed: Places of the tokens that are changed.
+        read: Places of the outputs, of those of each token; None means all outputs.
+
+    Returns:
+        Whether they do.
+    """
+    body = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+    table: Any = body.get_input_embeddings().weight
+    # No special tokens, as these are at the ends of vocabularies.
+    first = torch.arange(_PROBED) + len(table) // 2
+    second = first.clone()
+    second[changed] += _PROBED
+    outputs = []
+    with torch.no_grad():
+        # One pass each: what does not change is then equal to the bit.
+        for text in (first, second):
+            tokens = text.remainder(len(table))[None].to(table.device)
+            output = logits(
+                module(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            )
+            outputs.append((output if read is None else output[:, read]).float())
+    difference = (outputs[0] - outputs[1]).abs().max()
+    # But for sums in another order, as on some GPUs.
+    eps = torch.finfo(table.dtype if table.is_floating_point() else torch.float32).eps
+    return bool(difference > 2 * eps * outputs[0].abs().max())
 
 
 def _default_readout(config: Any, prompt: Prompt | None) -> Readout:

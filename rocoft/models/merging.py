@@ -13,7 +13,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 
 class MergeError(ValueError):
@@ -40,7 +40,8 @@ def merged(model: nn.Module) -> nn.Module:
 
     Raises:
         MergeError: If an adapter has no weights to merge, as prompts and prefixes,
-            is no part of a `PeftModel`, or a parameter is quantised.
+            is no part of a `PeftModel`, is on a weight that another module uses too
+            (tied embeddings), or a parameter is quantised.
     """
     plain = copy.deepcopy(extract_model_from_parallel(model, keep_torch_compile=False))
     # On the copy alone: it takes autocast out of the forward of what it is given.
@@ -72,6 +73,67 @@ def merged(model: nn.Module) -> nn.Module:
     return plain.requires_grad_(True)
 
 
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Return the adapted layers whose weight has another use in the model.
+
+    Merging an adapter into such a weight, as that of an output layer which is tied to
+    the embeddings, changes the other use too.
+
+    Args:
+        model: A model with layers of peft.
+
+    Returns:
+        The other use by name of the layer: a parameter, or a module.
+    """
+    adapted = {
+        name: module.get_base_layer()
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    holders: dict[object, list[tuple[str, nn.Module, Tensor]]] = {}
+    places: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            held = (f"{path}.{name}".lstrip("."), module, parameter)
+            holders.setdefault(_memory(parameter), []).append(held)
+        for name, child in module._modules.items():
+            if child is not None and not isinstance(module, BaseTunerLayer):
+                places.setdefault(child, []).append(f"{path}.{name}".lstrip("."))
+    shared = {}
+    for path, base in adapted.items():
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        others = [
+            name
+            for name, module, parameter in holders.get(_memory(weight), [])
+            if module is not base and _overlap(weight, parameter)
+        ]
+        if others := [*others, *places.get(base, [])]:
+            shared[path] = others[0]
+    return shared
+
+
+def _memory(tensor: Tensor) -> object:
+    """Return what tensors in the same memory have in common."""
+    address = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    return (tensor.device, address) if address else id(tensor)
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one memory have numbers in common."""
+    a, b = (
+        range(t.storage_offset(), t.storage_offset() + 1 + _extent(t))
+        for t in (first, second)
+    )
+    return first is second or max(a.start, b.start) < min(a.stop, b.stop)
+
+
+def _extent(tensor: Tensor) -> int:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in sizes)
+
+
 def _check_mergeable(model: PeftModel) -> None:
     config = model.active_peft_config
     if config.is_prompt_learning:
@@ -79,6 +141,12 @@ def _check_mergeable(model: PeftModel) -> None:
             f"adapter {model.active_adapter!r} is of type {config.peft_type}, which "
             "changes inputs and not weights: nothing can be merged. Compute the kernel "
             "of the PeftModel itself."
+        )
+    for name, other in shared_weights(model.get_base_model()).items():
+        raise MergeError(
+            f"the adapter of {name!r} cannot be merged: its weight is also that of "
+            f"{other!r}, which merging would change too. Leave the module out of the "
+            "adapter, or give it a weight of its own before it is adapted."
         )
 
 

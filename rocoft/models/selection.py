@@ -5,8 +5,11 @@ orientation (outputs, inputs), however a layer stores them
 (`architecture.LinearWeight.output_dim`).
 """
 
+import warnings
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -78,6 +81,94 @@ def select(
         order = _order(part, scores, strategy, count, generator)
         chosen += [part[i] for i in order]
     return tuple(sorted(chosen))
+
+
+def select_each(
+    weight: LinearWeight,
+    values: Tensor,
+    axis: Axis,
+    counts: Sequence[int],
+    strategy: Strategy = "first",
+    *,
+    seed: int = 0,
+    statistics: Tensor | None = None,
+) -> tuple[int, ...]:
+    """Return selected rows or columns, all of a part that has fewer than asked for.
+
+    Args:
+        weight: As for `select`.
+        values: As for `select`.
+        axis: As for `select`.
+        counts: Number of rows of each fused part, or the number of columns.
+        strategy: As for `select`.
+        seed: As for `select`.
+        statistics: As for `select`.
+
+    Returns:
+        The indices, in ascending order.
+
+    Example:
+        >>> narrow = LinearWeight("w", "", 1, 4, 0, (range(1),))
+        >>> select_each(narrow, torch.ones(1, 4), "row", [3])
+        (0,)
+    """
+    parts: Sequence[Sequence[int]]
+    parts = weight.parts if axis == "row" else (range(weight.inputs),)
+    # One narrow weight, such as the head of a regression, refuses no selection.
+    taken = [min(n, len(part)) for n, part in zip(counts, parts, strict=True)]
+    choose = partial(
+        select,
+        values=values,
+        axis=axis,
+        strategy=strategy,
+        seed=seed,
+        statistics=statistics,
+    )
+    if len(set(taken)) == 1:
+        return choose(weight, count=taken[0])
+    # Where heads share keys, a fraction is more queries than keys and values.
+    chosen: list[int] = []
+    for part, count in zip(parts, taken, strict=True):
+        chosen += choose(replace(weight, parts=(tuple(part),)), count=count)
+    return tuple(sorted(chosen))
+
+
+def check_counts(asked: Sequence[tuple[LinearWeight, Axis, int]]) -> None:
+    """Warn of weights with fewer rows or columns than asked for.
+
+    A count that no weight has is a mistake; where only some lack it, all they have is
+    taken, see `select_each`.
+
+    Args:
+        asked: Weights, with the rows or columns that are asked of them.
+
+    Raises:
+        SelectionError: If all weights have fewer.
+    """
+    narrow: dict[str, tuple[LinearWeight, str, int, int]] = {}
+    for weight, axis, count in asked:
+        rows = min(len(part) for part in weight.parts)
+        available = rows if axis == "row" else weight.inputs
+        if count > available:
+            narrow[weight.module] = weight, f"{axis}s", count, available
+    if not narrow:
+        return
+    every = {weight.module for weight, _, _ in asked}
+    weight, side, count, available = next(iter(narrow.values()))
+    fused = " in each fused part" if len(weight.parts) > 1 and side == "rows" else ""
+    if len(narrow) == len(every):
+        most = max(found for *_, found in narrow.values())
+        raise SelectionError(
+            f"{side}={count} cannot be selected from {weight.module!r}, which has "
+            f"{available} {side}{fused}, nor from another of the {len(every)} targeted "
+            f"weights. Choose a number from 1 to {most}."
+        )
+    warnings.warn(
+        f"{len(narrow)} of {len(every)} targeted weights have fewer {side} than "
+        f"{count}, such as {weight.module!r} with {available}{fused}: all of theirs "
+        "are trained.",
+        stacklevel=2,
+    )
 
 
 def _scores(

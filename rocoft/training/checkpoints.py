@@ -2,17 +2,20 @@
 
 import contextlib
 import json
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rocoft.training.methods import trained_parameters
+from rocoft.training.ordered_trainer import TrainingError
 
 
 @contextlib.contextmanager
@@ -87,6 +90,34 @@ def restore_final_state(trainer: Trainer, checkpoint: str, *, best: bool) -> Non
     name = f"checkpoint-{state.best_global_step}" if best else path.name
     state.best_model_checkpoint = str(path.with_name(name))
     trainer._load_best_model()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> float:
+    """Copy trained weights into a model that was built in the same way.
+
+    Args:
+        model: The model.
+        weights: The weights by name.
+
+    Returns:
+        Their Euclidean distance to the weights that the model had.
+
+    Raises:
+        TrainingError: If the model trains other parameters.
+    """
+    parameters = trained_parameters(model)
+    if parameters.keys() != weights.keys():
+        raise TrainingError(
+            "the weights on disk belong to other parameters than those trained now. "
+            "Use another folder."
+        )
+    squares = 0.0
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            weight = weights[name].to(parameter.device)
+            squares += float((weight - parameter).double().square().sum())
+            parameter.copy_(weight)
+    return math.sqrt(squares)
 
 
 @contextlib.contextmanager

@@ -32,20 +32,23 @@ from rocoft.data import (
 )
 from rocoft.models import (
     DATA_STRATEGIES,
+    BackboneError,
     allow_padding,
+    check_direction,
     length_limit,
     load_pretrained,
     locate,
 )
 from rocoft.training.checkpoints import search_folder
-from rocoft.training.methods import LEARNING_RATES, Method, apply_method, parse_method
-from rocoft.training.search import (
-    OrderedTrainer,
-    TrainingError,
-    TrainingJob,
-    search,
-    seeded_generators,
+from rocoft.training.methods import (
+    LEARNING_RATES,
+    Method,
+    apply_method,
+    left_out,
+    parse_method,
 )
+from rocoft.training.ordered_trainer import OrderedTrainer, TrainingError
+from rocoft.training.search import TrainingJob, search, seeded_generators
 from rocoft.training.trainer import (
     FineTuned,
     calibration_examples,
@@ -107,7 +110,8 @@ def load_language_model(
         The model, encoder-decoder or causal by its configuration.
 
     Raises:
-        BackboneError: If it cannot be loaded.
+        BackboneError: If it cannot be loaded, its checkpoint lacks the output layer, or
+            it is no causal model and no encoder-decoder, as BERT.
     """
     place = locate(model)
     path, name = place.path, place.name
@@ -115,8 +119,20 @@ def load_language_model(
     tokenizer = load_pretrained(AutoTokenizer, path, name)
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    loaded = load_pretrained(kind, path, name, dtype=dtype).to(device).eval()
+    loaded, info = load_pretrained(
+        kind, path, name, dtype=dtype, output_loading_info=True
+    )
+    if lacking := sorted(map(str, info["missing_keys"])):
+        # transformers has drawn them at random, and an adapter would not hold them.
+        raise BackboneError(
+            f"the checkpoint of {name!r} lacks {len(lacking)} weights of a language "
+            f"model, such as {lacking[0]!r}, which would be random. Give a checkpoint "
+            "with its language-model head."
+        )
+    loaded = loaded.to(device).eval()
     allow_padding(tokenizer, loaded)
+    if not encoder_decoder:
+        check_direction(loaded, name, causal=True)
     limit = min(max_length, length_limit(config, tokenizer))
     return LanguageModel(name, loaded, tokenizer, limit, place.notes)
 
@@ -223,6 +239,7 @@ def fine_tune_language(
         "parameters": count_parameters(model, start.model),
         **search_record(result),
     }
+    record["warnings"] += left_out(start.model, method)
     logits = _by_choice(sums, data.test)
     answers = torch.tensor([example.answer for example in data.test])
     return FineTuned(model, method, logits, answers, record)

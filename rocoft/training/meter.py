@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from rocoft.commands import Progress
 
@@ -37,6 +39,42 @@ class Meter(TrainerCallback):
     def seconds(self) -> float | None:
         """Median time of a step (s); None if there was no step."""
         return statistics.median(self.times) if self.times else None
+
+
+class TrainLoss(TrainerCallback, ExportableState):
+    """Sums the loss of a training, also over its interruptions.
+
+    transformers' Trainer knows the mean since the last one only. The sum is kept in
+    checkpoints, to the bit.
+
+    Attributes:
+        total: Sum of the steps' losses.
+        steps: Number of these steps.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.steps = 0
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of one batch, a part of its step's."""
+        self.total += float(loss)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Count a step."""
+        self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {}, "attributes": {"total": self.total, "steps": self.steps}}
+
+    def mean(self, steps: int) -> float:
+        """Return the mean loss of a training; nan if not all its steps were counted.
+
+        Args:
+            steps: Number of its steps.
+        """
+        return self.total / steps if steps and self.steps == steps else float("nan")
 
 
 def reset_peak_memory(device: torch.device) -> bool:

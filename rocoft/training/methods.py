@@ -19,6 +19,7 @@ after a colon, modules after ``@`` and options after slashes.
 A classification head trains with every method, as users of peft expect.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -36,9 +37,10 @@ from rocoft.models import (
     LinearWeight,
     Prompted,
     SelectionError,
+    check_counts,
     match,
     read,
-    select,
+    select_each,
     split_term,
 )
 
@@ -225,6 +227,8 @@ def apply_method(
     Raises:
         SelectionError: If the method selects nothing of this model.
     """
+    for text in left_out(module, method):
+        warnings.warn(f"{text}.", stacklevel=2)
     if method.adapter and isinstance(module, Prompted):
         inner = _with_adapter(module.model, method, False, batches, loss)
         module.set_submodule("model", inner)
@@ -244,7 +248,11 @@ def apply_method(
     for name, parameter in architecture.parameters.items():
         parameter.requires_grad_(name in trained)
     if method.kind == "masked":
-        for weight in _targets(architecture, method):
+        targets = _targets(architecture, method)
+        check_counts(
+            [(w, axis, method.count) for w in targets for axis in _axes(w, method)]
+        )
+        for weight in targets:
             parameter = architecture.parameters[weight.name]
             mask = _mask(weight, parameter.detach(), method)
             parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
@@ -254,6 +262,23 @@ def apply_method(
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require gradients, by name."""
     return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def left_out(module: nn.Module, method: Method) -> list[str]:
+    """Return what a method of all linear weights leaves out of the blocks, if anything.
+
+    Args:
+        module: The model, before or after the method is applied.
+        method: The method.
+
+    Returns:
+        At most one sentence for users; none if the method names its modules itself.
+    """
+    if method.kind not in {*_SLICED, "lora", "dora"} or method.patterns:
+        return []
+    architecture = Architecture(module)
+    text = architecture.left_out(architecture.linear_weights)
+    return [f"{text}; method {method!s} leaves them as they are"] if text else []
 
 
 def _trained(architecture: Architecture, method: Method) -> Sequence[str]:
@@ -368,12 +393,18 @@ def _mask(weight: LinearWeight, stored: Tensor, method: Method) -> Tensor:
     mask = torch.zeros_like(stored)
     # Views in the orientation (outputs, inputs).
     values, view = (stored, mask) if weight.output_dim == 0 else (stored.T, mask.T)
-    slices = weight.narrow_axis if method.slices == "auto" else method.slices
-    axes: tuple[Axis, ...] = ("row", "column")
-    for dim, axis in enumerate(axes):
-        if slices in {axis, "both"}:
-            chosen = select(
-                weight, values, axis, method.count, method.strategy, seed=method.seed
-            )
-            view.index_fill_(dim, torch.tensor(chosen, device=mask.device), 1.0)
+    for axis in _axes(weight, method):
+        parts = len(weight.parts) if axis == "row" else 1
+        chosen = select_each(
+            *(weight, values, axis, [method.count] * parts, method.strategy),
+            seed=method.seed,
+        )
+        dim = 0 if axis == "row" else 1
+        view.index_fill_(dim, torch.tensor(chosen, device=mask.device), 1.0)
     return mask
+
+
+def _axes(weight: LinearWeight, method: Method) -> tuple[Axis, ...]:
+    """Return whether a method takes rows of a weight, columns, or both."""
+    slices = weight.narrow_axis if method.slices == "auto" else method.slices
+    return ("row", "column") if slices == "both" else (slices,)

@@ -1,5 +1,6 @@
 """The Trainer of modules that return logits, with a choice of loss and dropout."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from rocoft.models import logits
-from rocoft.training.search import OrderedTrainer
+from rocoft.training.ordered_trainer import OrderedTrainer
 
 Loss = Literal["cross_entropy", "squared"]
 
@@ -53,8 +54,8 @@ class ReadoutTrainer(OrderedTrainer):
     loss: Loss = "cross_entropy"
     dropout = True
 
-    # The loss is the mean over a batch.
-    loss_is_scaled_for_ga = False
+    # The loss is the batch's part of the mean over all examples of an optimizer step.
+    loss_is_scaled_for_ga = True
 
     @classmethod
     def of(cls, loss: Loss, *, dropout: bool) -> type["ReadoutTrainer"]:
@@ -66,6 +67,31 @@ class ReadoutTrainer(OrderedTrainer):
         """
         subclass: Any = type(cls.__name__, (cls,), {"loss": loss, "dropout": dropout})
         return subclass
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Examples are counted below: the Trainer would count labels by their values.
+        self.model_accepts_loss_kwargs = False
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return the batches of one optimizer step, and the number of their examples.
+
+        Args:
+            epoch_iterator: The batches of the epoch.
+            num_batches: Number of batches to take, at most.
+            device: Device of the training.
+
+        Returns:
+            The batches, and the number of examples over all processes.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(len(batch["labels"]) for batch in batches)
+        if self.accelerator.num_processes == 1:
+            return batches, count
+        counts: Any = self.accelerator.gather(torch.tensor([count], device=device))
+        return batches, int(counts.sum())
 
     def compute_loss(
         self,
@@ -80,10 +106,11 @@ class ReadoutTrainer(OrderedTrainer):
             model: The model.
             inputs: A batch with ``labels``, ``(n,)``.
             return_outputs: Whether to return ``{"logits": (n, labels)}`` as well.
-            num_items_in_batch: Not used: losses are averaged batch by batch.
+            num_items_in_batch: Number of examples in the optimizer step, over all its
+                batches and processes; None means those of this batch.
 
         Returns:
-            The loss, or loss and outputs.
+            The batch's part of the mean over these examples, or it and outputs.
         """
         if not self.dropout:
             model.eval()
@@ -91,4 +118,8 @@ class ReadoutTrainer(OrderedTrainer):
         outputs = logits(model(**inputs))
         smoothing = self.args.label_smoothing_factor
         loss = readout_loss(outputs, labels, self.loss, smoothing=smoothing)
+        if num_items_in_batch is not None:
+            # Gradients are averaged over processes, but examples counted over all.
+            share = len(labels) / int(num_items_in_batch)
+            loss = loss * (share * self.accelerator.num_processes)
         return (loss, {"logits": outputs}) if return_outputs else loss

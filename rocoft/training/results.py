@@ -154,13 +154,14 @@ def _write_card(
     )
     counts = record["parameters"]
     scores = ", ".join(f"{k} {v:.4f}" for k, v in record["test"].items())
+    warned = "".join(f"Warning: {w}.\n\n" for w in record.get("warnings", ()))
     text = (
         f"# {record['model']}, {method!s}, {record['task']}\n\n"
         f"Fine-tuned by `python -m rocoft.train`: method `{method!s}`, "
         f"{counts['trainable']:,} trained parameters ({counts['without_head']:,} "
         f"without the head), learning rate {record['learning_rate']}, chosen on "
         f"{record['examples']['dev']} dev examples, seed {record['seed']}.\n\n"
-        f"Test ({record['examples']['test']} examples): {scores}.\n\n"
+        f"Test ({record['examples']['test']} examples): {scores}.\n\n{warned}"
         f"## How to load it\n\n```python\n{_loading(model, method, record)}\n```\n"
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

@@ -80,7 +80,9 @@ def _nothing_left_of_a_false_start(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not any((folder / SEARCH).glob("lr-*")):
+        # The Trainer makes the folder of its checkpoints before it refuses an argument.
+        kept = ("lr-*.json", "lr-*/checkpoint-*")
+        if not any(any((folder / SEARCH).glob(name)) for name in kept):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -264,7 +266,8 @@ def summary(record: Mapping[str, Any]) -> list[str]:
     """
     counts = record["parameters"]
     share = 100 * counts["trainable"] / counts["total"]
-    lines = [
+    lines = [f"warning: {text}" for text in record.get("warnings", ())]
+    lines += [
         f"trainable parameters: {counts['trainable']:,} with the head, "
         f"{counts['without_head']:,} without ({share:.3g} % of {counts['total']:,})"
     ]
@@ -277,7 +280,7 @@ def summary(record: Mapping[str, Any]) -> list[str]:
         )
         chosen = run["learning_rate"] == record["learning_rate"]
         lines.append(
-            f"learning rate {run['learning_rate']:g}: dev {record['metric']} {score}, "
+            f"learning rate {run['learning_rate']!r}: dev {record['metric']} {score}, "
             f"{run['steps']} steps{', chosen' if chosen else ''}"
         )
     if end := record.get("rate_at_end"):

@@ -21,8 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -41,13 +40,21 @@ from rocoft.commands import Progress, differences, replacing, write_text
 from rocoft.training.checkpoints import (
     has_ended,
     last_checkpoint,
+    load_weights,
     only_trained_is_saved,
     restore_final_state,
 )
 from rocoft.training.grid import EXTENSIONS, End, best_rate, grid_end, next_rate
-from rocoft.training.history import finite, history, metrics_at
-from rocoft.training.meter import Meter, ShowProgress, peak_memory, reset_peak_memory
+from rocoft.training.history import finite, history, metrics_at, train_loss, warnings
+from rocoft.training.meter import (
+    Meter,
+    ShowProgress,
+    TrainLoss,
+    peak_memory,
+    reset_peak_memory,
+)
 from rocoft.training.methods import trained_parameters
+from rocoft.training.ordered_trainer import TrainingError
 
 Keep = Literal["best", "last"]
 """Which weights of a training are kept: the best on dev, or those at its end."""
@@ -84,21 +91,6 @@ RESERVED = (
     "restore_callback_states_from_checkpoint",
 )
 """Trainer arguments that the search sets itself."""
-
-
-class TrainingError(ValueError):
-    """A training that cannot be done as asked, or that diverged."""
-
-
-class OrderedTrainer(Trainer):
-    """A Trainer that predicts in the order of the examples.
-
-    With sampling by length, transformers' Trainer predicts in the order of lengths and
-    does not return that order.
-    """
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
-        return SequentialSampler(eval_dataset)
 
 
 @dataclass(frozen=True)
@@ -141,6 +133,8 @@ class SearchResult:
             were added.
         best: The record of the chosen one.
         end: The end of the grid at which the chosen one is; None if it is inside.
+        distance: Euclidean distance of the trained parameters to their start.
+        warnings: What makes the scores say less than they seem to.
     """
 
     model: nn.Module
@@ -148,6 +142,8 @@ class SearchResult:
     runs: list[dict[str, Any]]
     best: dict[str, Any]
     end: End | None
+    distance: float
+    warnings: list[str]
 
 
 def search(
@@ -213,13 +209,13 @@ def search(
     }
     _begin_or_check(folder, settings, resume)
     trainer_arguments = lambda rate: _arguments(
-        job, rate, arguments, seed, folder / f"lr-{rate:g}", keep
+        job, rate, arguments, seed, folder / _file(rate), keep
     )
     runs: dict[float, dict[str, Any]] = {}
     scores: dict[float, float | None] = {}
 
     def train(rate: float) -> None:
-        file = folder / f"lr-{rate:g}.json"
+        file = folder / f"{_file(rate)}.json"
         if not file.is_file():
             _train(job, trainer_arguments(rate), patience, file, progress)
         runs[rate] = json.loads(file.read_text())
@@ -243,11 +239,18 @@ def search(
     with seeded_generators(seed):
         model = job.build()
         trainer = _trainer(job, model, trainer_arguments(best))
-    _load_weights(model, load_file(folder / f"lr-{best:g}.safetensors"))
+    weights = load_file(folder / f"{_file(best)}.safetensors")
+    distance = load_weights(model, weights)
     model.eval()
     trainer.compute_metrics = None
     return SearchResult(
-        model, trainer, list(runs.values()), runs[best], grid_end(scores)
+        model,
+        trainer,
+        list(runs.values()),
+        runs[best],
+        grid_end(scores),
+        distance,
+        warnings(list(runs.values()), runs[best], job.primary_metric, distance),
     )
 
 
@@ -269,6 +272,11 @@ def seeded_generators(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _file(rate: float) -> str:
+    """Return the name of a rate's files, which no other rate has."""
+    return f"lr-{float(rate)!r}"
 
 
 def _begin_or_check(folder: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -386,11 +394,11 @@ def _train(
 ) -> None:
     """Train once; write its weights and its record beside its checkpoints."""
     meter = Meter()
-    callbacks: list[TrainerCallback] = [meter]
+    callbacks: list[TrainerCallback] = [meter, TrainLoss()]
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))
     if progress is not None:
-        callbacks.append(ShowProgress(f"lr {options.learning_rate:g}", progress))
+        callbacks.append(ShowProgress(f"lr {options.learning_rate!r}", progress))
     folder = Path(str(options.output_dir))
     checkpoint, best = last_checkpoint(folder), options.load_best_model_at_end
     with seeded_generators(options.seed):
@@ -400,10 +408,8 @@ def _train(
             trainer = _trainer(job, model, options, callbacks)
             if checkpoint is not None and has_ended(checkpoint):
                 restore_final_state(trainer, checkpoint, best=best)
-                loss = float("nan")  # Unknown: the steps were taken by another process.
             else:
-                output = trainer.train(resume_from_checkpoint=checkpoint)
-                loss = output.training_loss
+                trainer.train(resume_from_checkpoint=checkpoint)
             if not best and not metrics_at(trainer, trainer.state.global_step):
                 trainer.evaluate()
     weights = {
@@ -421,25 +427,13 @@ def _train(
         "dev": dev,
         "steps": state.global_step,
         "epochs": state.epoch,
-        "train_loss": finite(loss),
+        "train_loss": finite(train_loss(trainer)),
         "seconds_per_step": meter.seconds,
         "steps_timed": len(meter.times),
-        "peak_memory_bytes": peak_memory(job.device),
+        # Without a step in this process, its memory is not that of the training.
+        "peak_memory_bytes": peak_memory(job.device) if meter.times else None,
         "peak_memory_is_of_this_training": peak_was_reset,
         "history": history(trainer),
     }
     write_text(record_file, json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy trained weights into a model that was built in the same way."""
-    parameters = trained_parameters(model)
-    if parameters.keys() != weights.keys():
-        raise TrainingError(
-            "the weights on disk belong to other parameters than those trained now. "
-            "Use another folder."
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])

@@ -32,14 +32,15 @@ from rocoft.training.methods import (
     LEARNING_RATES,
     Method,
     apply_method,
+    left_out,
     parse_method,
     trained_parameters,
 )
+from rocoft.training.ordered_trainer import TrainingError
 from rocoft.training.readout_trainer import Loss, ReadoutTrainer, readout_loss
 from rocoft.training.search import (
     Keep,
     SearchResult,
-    TrainingError,
     TrainingJob,
     search,
     seeded_generators,
@@ -234,6 +235,7 @@ def fine_tune(
         **search_record(result),
     }
     record["arguments"]["gradient_checkpointing"] = checkpointing
+    record["warnings"] += left_out(backbone.module, method)
     return FineTuned(result.model, method, outputs, labels, record)
 
 
@@ -276,6 +278,8 @@ def search_record(result: SearchResult) -> dict[str, Any]:
         **{key: result.best[key] for key in keys},
         "learning_rates": result.runs,
         "rate_at_end": result.end,
+        "distance_from_start": result.distance,
+        "warnings": result.warnings,
         "arguments": result.trainer.args.to_dict(),
         "device": str(result.trainer.args.device),
         "versions": versions(),
@@ -399,6 +403,7 @@ def _probe(
         "learning_rate": None,
         "learning_rates": [],
         "rate_at_end": None,
+        "warnings": [],
         "steps": 0,
         "versions": versions(),
     }

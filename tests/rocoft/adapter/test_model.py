@@ -65,18 +65,6 @@ def test_another_method_on_the_same_layer_is_refused():
         get_peft_model(model.base_model.model, RoCoFTConfig(target_modules=["query"]))
 
 
-def test_tied_embeddings_are_left_alone_by_default_and_warned_of():
-    def tied():
-        torch.manual_seed(0)
-        return of("GPT2", "LMHeadModel", "vocab_size=60 n_embd=16 n_layer=2 n_head=2")()
-
-    assert not any("lm_head" in name for name in layers(adapted(tied())))
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        model = adapted(tied(), target_modules=["lm_head"])
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        model.merge_adapter()
-
-
 def test_merging_and_unloading():
     family = BY_NAME["bert"]
     base, inputs = family.build(), family.inputs()

@@ -239,7 +239,7 @@ def test_configuration_is_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 17}, "rows=17 cannot be selected from.*16 rows"),
+        ({"r": 25}, "rows=25 cannot be selected from.*16 rows.*from 1 to 24"),
         ({"r": 25, "axis": "column"}, "columns=25 cannot be selected"),
         ({"target_modules": ["layer_norm", "LayerNorm"]}, "it is a LayerNorm"),
         ({"target_modules": ["word_embeddings"]}, "it is a Embedding"),

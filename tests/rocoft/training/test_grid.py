@@ -60,7 +60,7 @@ def searched(monkeypatch, tmp_path):
         trained.append(options.learning_rate)
         dev = job.build(options.learning_rate)
         dev = None if dev is None else {"accuracy": dev}
-        record = {"learning_rate": options.learning_rate, "dev": dev}
+        record = {"learning_rate": options.learning_rate, "dev": dev, "history": []}
         file.write_text(json.dumps(record))
         file.with_suffix(".safetensors").write_bytes(b"")
 
@@ -71,7 +71,7 @@ def searched(monkeypatch, tmp_path):
     trained = []
     monkeypatch.setattr(module, "_train", train)
     monkeypatch.setattr(module, "load_file", lambda _: {})
-    monkeypatch.setattr(module, "_load_weights", lambda *_: None)
+    monkeypatch.setattr(module, "load_weights", lambda *_: 1.0)
     monkeypatch.setattr(module, "_trainer", lambda *_: Model())
     monkeypatch.setattr(
         module, "_arguments", lambda job, rate, *_: Arguments(learning_rate=rate)

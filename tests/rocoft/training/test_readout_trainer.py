@@ -9,7 +9,9 @@ import pytest
 import torch
 from checkpoints import checkpoint, reviews
 
+from rocoft.data.tasks import Example
 from rocoft.models.backbone import load_backbone
+from rocoft.training.anchor import Anchor
 from rocoft.training.methods import trained_parameters
 from rocoft.training.readout_trainer import readout_loss
 from rocoft.training.search import TrainingError
@@ -200,3 +202,75 @@ def test_scores_have_no_cross_entropy(backbone, split):
     task = replace(split.task, labels=("score",))
     with pytest.raises(TrainingError, match="loss='cross_entropy' is for classes"):
         fine_tune(backbone, replace(split, task=task), "rows:1", loss="cross_entropy")
+
+
+@pytest.fixture(scope="module")
+def precise(tmp_path_factory):
+    split = replace(reviews(28, test=4), dev=reviews(32, test=0).train[28:])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        folder = checkpoint(tmp_path_factory.mktemp("precise"))[0]
+    return split, folder
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        *(((size, number), {}) for size, number in ((5, 6), (27, 2), (1, 28))),
+        ((16, 2), {}),
+        ((16, 2), {"loss": "squared"}),
+        ((16, 2), {"anchor": Anchor(0.5)}),
+        ((16, 2), {"arguments": {"label_smoothing_factor": 0.2}}),
+        ((16, 2), {"scored": True}),
+    ],
+)
+def test_uneven_accumulated_batches_are_one_large_batch(precise, sizes, options):
+    split, folder = precise
+    if options.get("scored"):
+        examples = {
+            part: tuple(
+                Example(e.a, None, -100.0 if i == 3 else i / 7)
+                for i, e in enumerate(getattr(split, part))
+            )
+            for part in ("train", "dev", "test")
+        }
+        task = replace(
+            split.task,
+            labels=("score",),
+            train=examples["train"],
+            test=examples["test"],
+        )
+        split = replace(split, task=task, **examples)
+    backbone = load_backbone(folder, split, head="random", dtype=torch.float64)
+    start = weights(backbone.module)
+
+    def step(size, accumulate):
+        tuned = fine_tune(
+            backbone,
+            split,
+            "full",
+            lrs=[1e-2],
+            keep="last",
+            dropout=False,
+            arguments={
+                "optim": "sgd",
+                "lr_scheduler_type": "constant",
+                "max_grad_norm": 0.0,
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": accumulate,
+                **options.get("arguments", {}),
+            },
+            **{k: v for k, v in options.items() if k in ("loss", "anchor")},
+        )
+        (run,) = tuned.record["learning_rates"]
+        assert run["steps"] == 1
+        return weights(tuned.model), run["train_loss"]
+
+    one, loss = step(28, 1)
+    many, mean = step(*sizes)
+    length = torch.cat([(one[n] - start[n]).flatten() for n in one]).norm()
+    apart = torch.cat([(one[n] - many[n]).flatten() for n in one]).norm()
+    assert length > 0
+    assert apart <= 1e-9 * length
+    assert mean == pytest.approx(loss, rel=1e-9)

@@ -1,6 +1,7 @@
 """What a search leaves on disk, what it goes on with, and what it does not touch."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from rocoft import train
 from rocoft.data.tasks import Prompt
 from rocoft.models.backbone import load_backbone
 from rocoft.training.checkpoints import last_checkpoint
+from rocoft.training.meter import TrainLoss
+from rocoft.training.readout_trainer import ReadoutTrainer
+from rocoft.training.run import summary
 from rocoft.training.search import TrainingError
 from rocoft.training.trainer import fine_tune
 
@@ -144,9 +148,67 @@ def test_a_run_killed_after_itslast_checkpoint_takes_no_more_steps(
     resumed = fine_tune(backbone, split, "rows:2", folder=tmp_path / "b", **options)
     assert torch.equal(resumed.logits, whole.logits)
     one, other = (t.record["learning_rates"][0] for t in (whole, resumed))
-    for key in ("dev", "steps", "epochs", "history"):
+    for key in ("dev", "steps", "epochs", "history", "train_loss"):
         assert one[key] == other[key], key
     assert other["steps_timed"] == 0
+    assert other["peak_memory_bytes"] is None
+
+
+@pytest.mark.parametrize(("killed_at", "accumulate"), [(1, 1), (7, 1), (11, 2)])
+def test_the_training_loss_is_that_of_all_steps_though_interrupted(
+    backbone, split, tmp_path, monkeypatch, killed_at, accumulate
+):
+    # Six batches are an epoch; checkpoints fall into epochs and on their ends.
+    arguments = {"per_device_train_batch_size": 4, "num_train_epochs": 3}
+    arguments |= {"gradient_accumulation_steps": accumulate}
+    arguments |= {"eval_strategy": "steps", "eval_steps": 2}
+    options = {"lrs": [3e-2], "resume": True, "arguments": arguments}
+    compute, losses = ReadoutTrainer.compute_loss, []
+
+    def spied(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = compute(self, model, inputs, return_outputs, num_items_in_batch)
+        if not return_outputs:
+            losses.append(float(found.detach()))
+            if len(losses) == killed_at:
+                raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReadoutTrainer, "compute_loss", spied)
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(backbone, split, "rows:2", folder=tmp_path / "b", **options)
+        assert len(losses) == killed_at
+        losses.extend([0.0] * 99)
+        before = len(losses)
+        whole = fine_tune(backbone, split, "rows:2", folder=tmp_path / "a", **options)
+    resumed = fine_tune(backbone, split, "rows:2", folder=tmp_path / "b", **options)
+    one, other = (t.record["learning_rates"][0] for t in (whole, resumed))
+    steps = len(losses[before:]) / accumulate
+    assert one["train_loss"] == pytest.approx(sum(losses[before:]) / steps, rel=1e-12)
+    assert one["train_loss"] == other["train_loss"]
+    assert torch.equal(resumed.logits, whole.logits)
+
+
+def test_rates_that_differ_in_the_eighth_digit_have_files_of_their_own(
+    backbone, split, tmp_path
+):
+    rates = [0.1, 0.10000004, 0.1000000000000001]
+    options = {"arguments": QUICK, "folder": tmp_path, "extensions": 0}
+    tuned = fine_tune(backbone, split, "rows:1", lrs=rates, **options)
+    assert [run["learning_rate"] for run in tuned.record["learning_rates"]] == rates
+    for ending in ("json", "safetensors"):
+        files = {f"lr-{rate!r}.{ending}" for rate in rates}
+        assert {file.name for file in tmp_path.glob(f"lr-*.{ending}")} == files
+    lines = [line for line in summary(tuned.record) if line.startswith("learning")]
+    assert [line.split()[2] for line in lines] == [f"{rate!r}:" for rate in rates]
+
+
+def test_a_checkpoint_without_the_losses_of_its_steps_gives_no_mean():
+    losses = TrainLoss()
+    losses.add(torch.tensor(3.0))
+    losses.on_step_end()
+    assert losses.mean(1) == 3.0
+    assert math.isnan(losses.mean(7))
 
 
 # Trackers.

@@ -245,6 +245,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(asked, spec):
     for one, other in zip(*(r["learning_rates"] for r in records), strict=True):
         assert one["history"] == other["history"]
         assert one["dev"] == other["dev"]
+        assert one["train_loss"] == other["train_loss"]
     timed = records[1]["learning_rates"][1]["steps_timed"]
     assert timed < records[0]["learning_rates"][1]["steps_timed"], "it began anew"
 
