@@ -19,8 +19,9 @@ from rocoft.models import (
     Axis,
     LinearWeight,
     SelectionError,
+    check_counts,
     match,
-    select,
+    select_each,
 )
 
 
@@ -265,11 +266,12 @@ class _Sliced(_OfLinear):
         """
         axis: Axis = "row" if self._axis == "row" else "column"
         if self.indices is None:
-            return select(
+            count = self.count or 0
+            return select_each(
                 of,
                 oriented(values.detach(), of),
                 axis,
-                self.count or 0,
+                [count] * (len(of.parts) if axis == "row" else 1),
                 self.strategy,
                 seed=self.seed,
                 statistics=statistics,
@@ -293,6 +295,19 @@ class _Sliced(_OfLinear):
                 f"{limit - 1}, the {axis}s of {of.name!r}."
             )
         return tuple(sorted(chosen))
+
+    def chosen_parameters(self, model: Architecture) -> dict[str, LinearWeight | None]:
+        """Return the parameters that the space selects; see `Space`.
+
+        Warns:
+            UserWarning: If some weights have fewer rows or columns than asked for, of
+                which all are taken.
+        """
+        chosen = super().chosen_parameters(model)
+        if self.indices is None:
+            axis: Axis = "row" if self._axis == "row" else "column"
+            check_counts([(of, axis, self.count or 0) for of in chosen.values() if of])
+        return chosen
 
     def _map(self, model: Architecture, name: str, of: LinearWeight | None) -> Map:
         assert of is not None

@@ -47,9 +47,9 @@ def resolve(spaces: Mapping[str, Space], model: nn.Module) -> dict[str, Maps]:
         if maps is None:
             architecture = architecture or Architecture(model)
             maps = space.maps(architecture)
-            note = architecture.left_out_note()
+            note = architecture.left_out(architecture.targets)
             if note is not None and space.of_linear:
-                warnings.warn(f"space {space.name!r}: {note}.", stacklevel=2)
+                warnings.warn(f"space {space.name!r} is not all: {note}.", stacklevel=2)
         if space.lasting:
             cached[space] = maps
         resolved[name] = maps

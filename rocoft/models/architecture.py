@@ -194,45 +194,6 @@ class Architecture:
         return [n for n in self.parameters if last and n.startswith(f"{last[-1]}.")]
 
     @cached_property
-    def left_out(self) -> list[str]:
-        """Names of matrices that selections of rows, columns and LoRA leave out.
-
-        Parameters of two or more dimensions where the default targets lie that are no
-        linear weights: fused experts, recurrent weights, filters, routers. Embeddings,
-        normalisations, biases and LoRA's own matrices are not meant.
-        """
-        known = {*self.linear_weights, *self.head, *self.norms, *self.embeddings}
-        known |= set(self.biases)
-        in_blocks = any(self.block(name) is not None for name in self.targets)
-        return [
-            name
-            for name, parameter in self.parameters.items()
-            if parameter.ndim >= 2
-            and min(parameter.shape) > 1
-            and name not in known
-            and ".lora_" not in name
-            and (self.block(name) is not None or not in_blocks)
-        ]
-
-    @cached_property
-    def covered(self) -> float:
-        """Share of the entries of all matrices there that the default targets hold."""
-        chosen = sum(self.parameters[name].numel() for name in self.targets)
-        left = sum(self.parameters[name].numel() for name in self.left_out)
-        return chosen / (chosen + left) if chosen + left else 1.0
-
-    def left_out_note(self) -> str | None:
-        """Return a sentence on what selections leave out, None if that is nothing."""
-        if not self.left_out:
-            return None
-        first, *others = self.left_out
-        more = f" and {len(others)} more" if others else ""
-        return (
-            f"rows, columns and LoRA hold {100 * self.covered:.0f} % of the matrices' "
-            f"entries: {first!r}{more} are no linear layers and are left out"
-        )
-
-    @cached_property
     def norms(self) -> list[str]:
         """Names of the scales and biases of normalisation layers."""
         return self._owned(

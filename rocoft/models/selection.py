@@ -166,7 +166,7 @@ def check_counts(asked: Sequence[tuple[LinearWeight, Axis, int]]) -> None:
     warnings.warn(
         f"{len(narrow)} of {len(every)} targeted weights have fewer {side} than "
         f"{count}, such as {weight.module!r} with {available}{fused}: all of theirs "
-        "are trained.",
+        "are taken.",
         stacklevel=2,
     )
 

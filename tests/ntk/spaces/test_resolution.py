@@ -9,6 +9,7 @@ from torch import nn
 
 from ntk.spaces.kinds import Bias, Columns, Full, Head, LoRA, Rows
 from ntk.spaces.resolution import resolve
+from rocoft.models.architecture import SelectionError
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 
@@ -48,8 +49,18 @@ def test_a_selection_that_leaves_out_experts_warns_with_the_share():
 
     model = nn.Sequential(nn.ModuleList([nn.Linear(4, 4), Experts()]), nn.Linear(4, 2))
     for space in (Rows(1), Columns(1) + Bias(), LoRA(2)):
-        with pytest.warns(UserWarning, match=r"hold 25 %.*'0\.1\.down_proj'"):
+        with pytest.warns(UserWarning, match=r"75 % .* such as '0\.1\.down_proj'"):
             resolve({"": space}, model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resolve({"": Full(), "head": Head(), "named": Rows(1).at("0")}, model)
+
+
+def test_a_narrow_weight_does_not_refuse_a_selection():
+    model = nn.Sequential(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 1)]))
+    model.append(nn.Linear(1, 2))
+    with pytest.warns(UserWarning, match="1 of 2 targeted weights have fewer rows"):
+        maps = resolve({"": Rows(3)}, model)[""]
+    assert [maps[f"0.{i}.weight"][0].rows for i in (0, 1)] == [(0, 1, 2), (0,)]
+    with pytest.raises(SelectionError, match="Choose a number from 1 to 4"):
+        resolve({"": Rows(5)}, model)

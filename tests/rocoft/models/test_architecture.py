@@ -257,18 +257,6 @@ class Experts(nn.Module):
         self.gate_up_proj_bias = nn.Parameter(torch.ones(4, 6))
 
 
-def test_what_is_no_linear_layer_is_said_with_its_share():
-    block = nn.Sequential(nn.Linear(8, 8), Experts(), Scaled(8))
-    model = nn.Sequential(nn.ModuleList([block, block]), nn.Linear(8, 2))
-    found = Architecture(model)
-    assert list(found.targets) == ["0.0.0.weight"]
-    assert found.left_out == ["0.0.1.gate_up_proj"]
-    assert found.covered == pytest.approx(64 / (64 + 192))
-    note = found.left_out_note()
-    assert "hold 25 % of the matrices' entries: '0.0.1.gate_up_proj' are no" in note
-    assert Architecture(BY_NAME["bert"].build()).left_out_note() is None
-
-
 def test_biases_norms_and_tables_of_every_kind():
     model = nn.ModuleDict(
         {
@@ -292,4 +280,3 @@ def test_biases_norms_and_tables_of_every_kind():
     assert "relative_position_bias_table" not in found.biases
     assert found.norms == ["norm.weight", "norm.bias", "batch.weight", "batch.bias"]
     assert "bag.weight" in found.embeddings
-    assert {"lstm.weight_ih_l0", "experts.gate_up_proj"} <= set(found.left_out)
