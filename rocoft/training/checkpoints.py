@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from rocoft.commands import temporary_folder
 from rocoft.training.methods import trained_parameters
 
 
@@ -95,5 +96,6 @@ def search_folder(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="rocoft-") as temporary:
-        yield Path(temporary) / "search"
+    parent = Path(tempfile.gettempdir())
+    with temporary_folder(parent, "rocoft-search-") as temporary:
+        yield temporary / "search"

@@ -61,6 +61,7 @@ def page(summary):
 
 
 RUN = StudyRun(
+    command="ntk.squares",
     units=units,
     collect=collect,
     tables=lambda summary: [],
