@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -98,6 +99,8 @@ def _started(work: Callable[[T], Any], threads: int) -> _Worker[T]:
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, work, threads))
     # A terminal interrupts all its processes. This one alone answers, and ends others.
+    # The tracker, started with the first process, would let interruptions through.
+    resource_tracker.ensure_running()
     with _uninterrupted():
         process.start()
     there.close()
@@ -159,6 +162,7 @@ def _uninterrupted() -> Iterator[None]:
 
 def _serve(way: Connection, work: Callable[[T], Any], threads: int) -> None:
     """Work on what comes until nothing does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _prepare(threads)
     with contextlib.suppress(EOFError, OSError):
         while True:
