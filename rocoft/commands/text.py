@@ -57,13 +57,13 @@ def markdown(text: str) -> str:
 
     Example:
         >>> print(markdown("a|b <script> *c*"))
-        a\|b &lt;script&gt; \*c\*
+        a\|b &lt;script> \*c\*
     """
     text = printable(" ".join(text.split()))
     text = re.sub(r"([\\|*_`\[\]#~$])", r"\\\1", text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # At the start of a line these begin a list or underline a heading.
-    return re.sub(r"^([-+=]|\d+(?=[.)]))", _at_start, text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    # At the start of a line these quote, begin a list or underline a heading.
+    return re.sub(r"^(>|[-+=](?=\s|$|[-=])|\d+(?=[.)]\s))", _at_start, text)
 
 
 def markdown_code(text: str) -> str:

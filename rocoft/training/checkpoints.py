@@ -92,7 +92,14 @@ def restore_final_state(trainer: Trainer, checkpoint: str, *, best: bool) -> Non
 
 @contextlib.contextmanager
 def search_folder(folder: Path | None) -> Iterator[Path]:
-    """Yield the folder of a search: the given one, or a temporary one if None."""
+    """Yield the folder of a search: the given one, or a temporary one if None.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        The folder.
+    """
     if folder is not None:
         yield folder
         return

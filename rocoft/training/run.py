@@ -34,13 +34,12 @@ from rocoft.data import (
     split_completions,
 )
 from rocoft.models import load_backbone, resolved_device
-from rocoft.training.checkpoints import last_checkpoint
 from rocoft.training.groups import plain
 from rocoft.training.language import fine_tune_language, load_language_model
 from rocoft.training.methods import parse_method
 from rocoft.training.options import TrainOptions
 from rocoft.training.results import RECORD, write_results
-from rocoft.training.search import LOGS
+from rocoft.training.search_folder import LOGS, can_be_resumed
 from rocoft.training.trainer import fine_tune
 
 CONFIG = "config.yaml"
@@ -111,18 +110,9 @@ def _nothing_left_of_a_false_start(place: Place) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not _can_be_resumed(place.folder / SEARCH):
+        if not can_be_resumed(place.folder / SEARCH):
             place.abandon()
         raise
-
-
-def _can_be_resumed(search: Path) -> bool:
-    """Whether a search holds a training that ended well, or a checkpoint of one."""
-    for file in search.glob("lr-*.json"):
-        with contextlib.suppress(ValueError, AttributeError):
-            if json.loads(file.read_text(encoding="utf-8")).get("dev") is not None:
-                return True
-    return any(last_checkpoint(folder) for folder in search.glob("lr-*/"))
 
 
 def _begin(options: TrainOptions, device: str, place: Place) -> None:
