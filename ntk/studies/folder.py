@@ -75,24 +75,36 @@ class Key:
 
 
 @dataclass(frozen=True)
+class NoRecord:
+    """What a unit returns for a subject that has no record, beside those that have.
+
+    Attributes:
+        why: Why not, in a sentence.
+    """
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Unit:
     """Work that computes some records of one cell.
 
     Attributes:
         keys: Keys of the records.
-        work: Function of ``*arguments`` and a list of subjects that returns a record
-            per subject; picklable, since it may run in another process.
+        work: Function of ``*arguments`` and a list of subjects that returns a record,
+            or why there is none, per subject; picklable, since it may run in another
+            process.
         arguments: Arguments of the function.
         after: Key of a record of another unit that must be computed first; the record
             is passed to the function after ``arguments``.
     """
 
     keys: tuple[Key, ...]
-    work: Callable[..., Sequence[Record]]
+    work: Callable[..., Sequence[Record | NoRecord]]
     arguments: tuple[Any, ...]
     after: Key | None = None
 
-    def __call__(self) -> Sequence[Record]:
+    def __call__(self) -> Sequence[Record | NoRecord]:
         """Compute the records."""
         return self.work(*self.arguments, [key.subject for key in self.keys])
 
@@ -264,14 +276,18 @@ class Study:
                         failed.append(f"{unit.name}: {records}")
                     else:
                         for key, record in zip(unit.keys, records, strict=True):
-                            self.write(key, record)
+                            if isinstance(record, NoRecord):
+                                lost = replace(unit, keys=(key,))
+                                failed.append(f"{lost.name}: {record.why}")
+                            else:
+                                self.write(key, record)
                     done += 1
                     if progress is not None:
                         progress("records", done, len(units))
         return failed
 
 
-def _records(unit: Unit) -> Sequence[Record]:
+def _records(unit: Unit) -> Sequence[Record | NoRecord]:
     return unit()
 
 
