@@ -44,6 +44,8 @@ from rocoft.training.trainer import fine_tune
 
 CONFIG = "config.yaml"
 SEARCH = "search"
+_NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a record raises that someone has changed."""
 FOLDER = FolderKind(
     "rocoft.train",
     "run",
