@@ -1,6 +1,7 @@
 """All commands: the same options mean the same, and answer before torch is imported."""
 
 import importlib
+import os
 import runpy
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from commands import exit_code
 
 from ntk.__main__ import main as ntk
+from rocoft.commands.failures import MEMORY
 from rocoft.commands.main import Command
 from rocoft.commands.options import OptionError, option, options_of, parse_options
 
@@ -327,12 +329,23 @@ def interrupt(options, command):
     raise KeyboardInterrupt
 
 
+def raising(error):
+    def run(options, command):
+        raise error
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("run", "code", "said"),
     [
         (lambda options, command: [], 0, ""),
         (lambda options, command: ["this"], 1, "failed: this\n"),
         (fail, 2, "error: the disk is full\n"),
+        (raising(RuntimeError("can't allocate memory")), 2, f"error: {MEMORY}\n"),
+        (raising(ImportError("no x")), 2, "error: no x. Install what is missing, or "),
+        (raising(ValueError("a\nlabel\x1b[2J")), 2, "error: a label\\x1b[2J\n"),
+        (raising(BrokenPipeError()), 141, ""),
         (interrupt, 130, "interrupted; nothing was written\n"),
     ],
 )
@@ -342,11 +355,71 @@ def test_exit_codes(monkeypatch, capsys, run, code, said):
     monkeypatch.setitem(sys.modules, "work_of_a_test", module)
     command = Command("some.command", Options, "work_of_a_test", "what it is")
     assert command([]) == code
-    assert capsys.readouterr().err == said
+    first = capsys.readouterr().err
+    assert first.startswith(said)
+    assert first.count("\n") == (said != "")
     monkeypatch.setenv("RANK", "1")
     assert command([]) == code
     again = capsys.readouterr().err
-    assert again == (said if code == 1 else ""), "several processes say it again"
+    assert again == (first if code == 1 else ""), "several processes say it again"
+
+
+HEADS = """
+import sys
+from ntk.studies.options import StudyOutputOptions
+from rocoft.commands import show_json, show_lines, show_tables
+from rich.table import Table
+
+def run(options, command):
+    what = sys.argv[1]
+    if what == "lines":
+        show_lines("x" * 99 for _ in range(10_000))
+    elif what == "tables":
+        table = Table("a")
+        for _ in range(10_000):
+            table.add_row("x" * 90)
+        show_tables([table])
+    else:
+        show_json(["x" * 99] * 10_000)
+    return ["a failure that nobody hears"]
+
+if __name__ == "__main__":
+    import types
+    from rocoft.commands.main import Command
+    from ntk.studies.bench.options import BenchOptions
+    sys.modules["work_of_a_test"] = types.SimpleNamespace(run=run)
+    command = Command("some.command", BenchOptions, "work_of_a_test", "what it is")
+    sys.exit(command([], is_process=True))
+"""
+
+
+@pytest.mark.parametrize("what", ["lines", "tables", "json"])
+def test_a_broken_pipe_is_silent(what):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEADS, what],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+def test_what_the_encoding_of_the_terminal_lacks_is_written_out():
+    shows = "from rocoft.commands.main import Command; from rocoft.commands import *\n"
+    shows += "from rocoft.commands.main import _write_what_the_encoding_lacks as f\n"
+    shows += "f(); show_lines(['70 \\u00b1 2', '\\ud800'])"
+    done = subprocess.run(
+        [sys.executable, "-c", shows],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout == "70 \\xb1 2\n\\ud800\n"
 
 
 def test_one_command_for_all(capsys):

@@ -59,7 +59,7 @@ from .tables import (
     parted,
     write,
 )
-from .text import escape, flat
+from .text import flat
 from .values import (
     DASH,
     SECTIONS,
@@ -130,7 +130,6 @@ __all__ = [
     "parted",
     "write",
     # text
-    "escape",
     "flat",
     # values
     "DASH",

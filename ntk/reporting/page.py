@@ -16,9 +16,11 @@ from rich.text import Text
 
 from ntk.reporting.style import inline_svg, to_png, to_svg
 from ntk.reporting.tables import ReportTable, heading, markdown_table
-from ntk.reporting.text import as_text, escape, flat
+from ntk.reporting.text import as_text, flat
 from ntk.reporting.values import DASH, Record
 from ntk.scale import StorageError, finite, write_bytes, write_text
+from rocoft.commands import markdown as in_markdown
+from rocoft.commands import printable, printable_json
 
 WIDTH = 110
 """Width of terminal tables, in characters."""
@@ -91,15 +93,19 @@ def terminal_table(title: str, table: ReportTable) -> Table:
         title: Title above the table.
         table: The table; `tables.parted` splits one that is too wide.
     """
-    result = Table(box=box.HORIZONTALS, padding=0, pad_edge=False, title=Text(title))
-    result.add_column(table.columns[0], no_wrap=True)
+    result = Table(
+        box=box.HORIZONTALS, padding=0, pad_edge=False, title=Text(printable(title))
+    )
+    text = lambda cell: Text(printable(cell))
+    result.add_column(text(table.columns[0]), no_wrap=True)
     for name in table.columns[1:]:
-        result.add_column(Text(heading(name)), justify="right", no_wrap=True)
+        shown = Text(heading(printable(name)))
+        result.add_column(shown, justify="right", no_wrap=True)
     for row in table.rows:
-        result.add_row(*map(Text, row))
+        result.add_row(*map(text, row))
     result.add_section()
     for row in table.means:
-        result.add_row(*map(Text, row))
+        result.add_row(*map(text, row))
     return result
 
 
@@ -109,15 +115,21 @@ def markdown(page: Page) -> str:
     Args:
         page: The report.
     """
-    lines = [f"# {escape(page.title)}", "", page.question, ""]
-    lines += [f"- {escape(line)}" for line in page.lines]
+    lines = [f"# {in_markdown(page.title)}", "", in_markdown(page.question), ""]
+    lines += [f"- {in_markdown(line)}" for line in page.lines]
     for section in page.sections:
-        lines += ["", f"## {escape(section.title)}"]
+        lines += ["", f"## {in_markdown(section.title)}"]
         for table in section.tables:
-            lines += ["", f"### {escape(table.title)}", "", escape(table.caption), ""]
+            lines += [
+                "",
+                f"### {in_markdown(table.title)}",
+                "",
+                in_markdown(table.caption),
+                "",
+            ]
             lines.append(markdown_table(table))
     lines += ["", "## What was run", ""]
-    lines += [f"- {escape(f'{key}: {flat(value)}')}" for key, value in page.ran]
+    lines += [f"- {in_markdown(f'{key}: {flat(value)}')}" for key, value in page.ran]
     return "\n".join(lines) + "\n"
 
 
@@ -180,10 +192,19 @@ def render(template: str, **values: Any) -> str:
         loader=PackageLoader("ntk.reporting", "."),
         autoescape=True,
         undefined=ChainableUndefined,
-        finalize=lambda value: DASH if value is None else value,
+        finalize=_finalized,
     )
     environment.filters["number"] = as_text
     return environment.get_template(template).render(values)
+
+
+def _finalized(value: Any) -> Any:
+    """Return a value as a page shows it: a dash for None, no control characters."""
+    if value is None:
+        return DASH
+    # What is marked as HTML already holds line breaks of its own.
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return printable(value) if is_text else value
 
 
 def to_json(record: Record) -> str:
@@ -196,7 +217,7 @@ def to_json(record: Record) -> str:
     # JSON strings hold no line breaks, so this matches lists only.
     numbers = r"\[\n[-+.,\s\deENaInfity]*\]"
     joined = re.sub(numbers, lambda m: f"[{' '.join(m[0][1:-1].split())}]", text)
-    return f"{joined}\n"
+    return f"{printable_json(joined)}\n"
 
 
 def write_files(

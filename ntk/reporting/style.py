@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from rocoft.commands import printable
+
 # Okabe and Ito (2008) without yellow, which is hard to see on white.
 COLOURS = (
     "#000000",
@@ -100,6 +102,7 @@ def plain(text: str) -> str:
     Args:
         text: Any text; cut after 33 characters if longer than 34.
     """
+    text = printable(text)
     text = text if len(text) <= 34 else f"{text[:33]}…"
     return text.replace("$", r"\$").lstrip("_")
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ntk.reporting.scores import Row, across, ratio_across
-from ntk.reporting.text import escape
 from ntk.reporting.values import DASH
+from rocoft.commands import markdown as in_markdown
 
 Column = Mapping[str, Row | None]
 """Rows with a "mean" (spreads, ratios, means over tasks), by task."""
@@ -148,7 +148,7 @@ def markdown_table(table: ReportTable) -> str:
     """
     rule = "|---" + "|---:" * (len(table.columns) - 1) + "|"
     first, *others = (
-        f"| {' | '.join(map(escape, cells))} |"
+        f"| {' | '.join(map(in_markdown, cells))} |"
         for cells in (table.columns, *table.rows, *table.means)
     )
     return "\n".join([first, rule, *others])

@@ -1,22 +1,11 @@
-"""Values as text, and text escaped for Markdown."""
+"""Values as text."""
 
-import re
 from collections.abc import Mapping
 from numbers import Real
 
 from jinja2 import ChainableUndefined
 
 from ntk.reporting.values import number_at, shown
-
-
-def escape(text: str) -> str:
-    """Return text escaped for Markdown, also within a table.
-
-    Args:
-        text: Any text.
-    """
-    text = re.sub(r"([\\|*_`\[\]#])", r"\\\1", " ".join(text.split()))
-    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def flat(value: object) -> str:

@@ -8,10 +8,10 @@ the same bits as an uninterrupted one.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +29,8 @@ from ntk.scale.spill_plan import SpillPlan
 from ntk.scale.storage import StorageError, load_kernels, save_kernels
 from ntk.scale.work import Work
 from ntk.spaces import Maps
+from rocoft.commands import BusyError as LockedError
+from rocoft.commands import locked, remove_parts
 from rocoft.models import LinearOnUse
 
 __all__ = ["BusyError", "KernelCache", "content_key"]
@@ -120,24 +122,34 @@ class KernelCache:
             BusyError: If another process is computing these kernels.
             StorageError: If the folder cannot be written to.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / f"{self.key}.lock").open("w")
-        except OSError as error:
-            raise StorageError(
-                f"{str(self.folder)!r} cannot be written to: {error.strerror}. Choose "
-                "another folder with --output, or --no-cache."
-            ) from error
-        with lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+                stack.enter_context(locked(self._lock(self.key)))
+            except LockedError as error:
                 raise BusyError(
                     f"another process computes the same kernels in "
                     f"{str(self.folder)!r}. Wait for it, or compute them here, too, "
                     "with --no-cache."
                 ) from error
+            except OSError as error:
+                raise StorageError(
+                    f"{str(self.folder)!r} cannot be written to: {error.strerror}. "
+                    "Choose another folder with --output, or --no-cache."
+                ) from error
+            remove_parts(self.folder, self.key)
             yield
+
+    def _lock(self, key: str) -> Path:
+        return self.folder / f"{key}.lock"
+
+    def _sweep(self) -> None:
+        """Remove unfinished files of processes that were killed."""
+        for lock in self.folder.glob("*.lock"):
+            if re.fullmatch(r"[0-9a-f]{40}", lock.stem) and lock.is_file():
+                with contextlib.suppress(OSError), locked(lock):
+                    remove_parts(self.folder, lock.stem)
 
     def load(
         self, plan: Plan, resolved: Mapping[str, Maps], spill: Path | None = None
@@ -217,6 +229,9 @@ class KernelCache:
             "sizes": result.sizes,
             "services": {name: s.value for name, s in result.services.items()},
         }
+        # Someone may have made room while this went on.
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
         save_kernels(self.path, result.kernels, {"key": self.key, "state": state})
 
 

@@ -1,27 +1,40 @@
 """Running a study as a command: its records, its report, and what is said of both."""
 
-import json
-import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from ntk.reporting import Page, write_page
 from ntk.scale import launched_size
-from ntk.studies.folder import Key, Record, Study, Unit
+from ntk.studies.folder import (
+    RECORDS,
+    SEALED,
+    SETTINGS,
+    Key,
+    Record,
+    Study,
+    Unit,
+)
 from ntk.studies.protocol import Protocol, protocol_of
-from rocoft.commands import OptionError, progress_bar
+from rocoft.commands import (
+    FolderKind,
+    OptionError,
+    Place,
+    claimed,
+    is_taken,
+    progress_bar,
+    show_json,
+    show_lines,
+    show_tables,
+)
 from rocoft.models import locate
-from rocoft.training import is_taken
 
-SETTINGS = "settings.json"
-
+REPORT = ("report.json", "report.md", "report.html", "figures")
+NAMES = (SETTINGS, RECORDS, *REPORT)
+"""What a study's folder holds."""
 
 Records = Sequence[tuple[Key, Record | None]]
 Summary = dict[str, Any]
@@ -32,6 +45,7 @@ class StudyRun:
     """The work of a command that makes the records of a study and reports on them.
 
     Attributes:
+        command: The command's module, which its folders say.
         units: From the options and the protocol to the work.
         collect: From the records, the command line, the settings and what `report`
             returns to the summary.
@@ -46,6 +60,7 @@ class StudyRun:
             no record.
     """
 
+    command: str
     units: Callable[[Any, Protocol], list[Unit]]
     collect: Callable[..., Summary]
     tables: Callable[[Summary], list[Table]]
@@ -83,30 +98,70 @@ class StudyRun:
             say_origin(options)
         settings = {**self.settings, **same.settings()}
         study = Study(output.output / output.name)
-        if output.overwrite:
-            _remove(study.folder)
-        study.begin(settings)
-        failed = _done(study, work, options)
-        if self.then is not None:
-            more = self.then(options, same, study)
-            failed += _done(study, more, options)
-            work += more
+        if output.report_only:
+            # Beside one that goes on, which a lock would refuse.
+            study.begin(settings)
+            if self.then is not None:
+                work += self.then(options, same, study)
+            self._report(study, work, options, command, settings)
+            return []
+        kind = FolderKind(self.command, "study", NAMES)
+        with claimed(
+            output.output, study.folder.name, kind, overwrite=output.overwrite
+        ) as place:
+            _begin(study, settings, place)
+            try:
+                failed = _done(study, work, options)
+                if self.then is not None:
+                    more = self.then(options, same, study)
+                    failed += _done(study, more, options)
+                    work += more
+            except BaseException:
+                if not study.has_records:
+                    place.abandon()
+                raise
+            if place.replaces and not study.has_records:
+                place.abandon()
+                return [*failed, "no record was made, so the earlier study stays."]
+            self._report(study, work, options, command, settings)
+            place.finish()
+        return failed
+
+    def _report(
+        self,
+        study: Study,
+        work: Sequence[Unit],
+        options: Any,
+        command: str,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Report on the records that are there."""
+        output = options.output
         records = [(key, study.read(key)) for unit in work for key in unit.keys]
         for file in study.damaged:
             # Told also where nothing else is: a number may have changed.
             what = "is still" if output.report_only else "was"
             again = "left out" if output.report_only else "made again"
-            print(  # noqa: T201
-                f"record {file} {what} not whole: {again}", file=sys.stderr
-            )
+            line = f"record {file} {what} not whole: {again}"
+            show_lines([line], error=True)
         summary = self.collect(records, command, settings, **self.report(options))
         page = self.page(summary)
         files = write_page(page, summary, self.figures(summary), study.folder)
         if output.json:
-            print(files["json"].read_text(encoding="utf-8"), end="")  # noqa: T201
+            show_json(files["json"].read_text(encoding="utf-8"))
         elif not output.quiet:
-            _show(self.tables(summary), page, files["html"])
-        return failed
+            show_tables(self.tables(summary), page.lines)
+            show_lines([f"report: {files['html']}"])
+
+
+def _begin(study: Study, settings: Mapping[str, Any], place: Place) -> None:
+    """Begin a study in its place, or check that it goes on with the same settings."""
+    if place.overwrite or not is_taken(study.folder):
+        with place.begun(**{SEALED: True}) as new:
+            Study(new).begin(settings)
+    else:
+        study.begin(settings)
+    study.remove_parts()
 
 
 def say_origin(options: Any) -> None:
@@ -123,23 +178,7 @@ def say_origin(options: Any) -> None:
     """
     for note in locate(options.model.model).notes:
         if not options.output.silent:
-            print(f"note: {note}")  # noqa: T201
-
-
-def _remove(folder: Path) -> None:
-    """Remove a study, and nothing else."""
-    if not is_taken(folder):
-        return
-    try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = None
-    # Other programs, too, have files of this name.
-    if not isinstance(settings, dict) or "versions" not in settings:
-        raise OptionError(
-            f"{str(folder)!r} exists and is no earlier study. Choose another --name."
-        )
-    shutil.rmtree(folder)
+            show_lines([f"note: {note}"])
 
 
 def _done(study: Study, work: list[Unit], options: Any) -> list[str]:
@@ -149,12 +188,3 @@ def _done(study: Study, work: list[Unit], options: Any) -> list[str]:
         return []
     with progress_bar(output.silent) as progress:
         return study.run(work, output.jobs, progress)
-
-
-def _show(tables: Sequence[Table], page: Page, report: Path) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    for table in tables:
-        console.print(table)
-    for line in page.lines:
-        console.print(line, highlight=False, markup=False)
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)

@@ -5,24 +5,33 @@ the records' keys, and ``records/``, one JSON file per record. An interrupted st
 resumes with the missing records; a truncated file counts as missing.
 """
 
-import concurrent.futures
+import contextlib
 import hashlib
 import json
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from ntk.scale import StorageError, finite
-from rocoft.commands import Progress, differences, write_text
+from ntk.studies.workers import WorkError, results
+from rocoft.commands import (
+    MARK,
+    Progress,
+    differences,
+    read_mark,
+    remove_parts,
+    write_text,
+)
 
 Record = dict[str, Any]
+
+SETTINGS = "settings.json"
+RECORDS = "records"
+SEAL = "sha256"
+"""The field of a record's file that holds the digest of the others."""
+SEALED = "sealed"
+"""The fact of a study's folder that all of its records have such digests."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell as part of file names."""
-        return f"{self.task}-{self.shots}-{self.seed}"
+        """The cell as part of file names, which stay inside the study's folder."""
+        name = f"{self.task}-{self.shots}-{self.seed}"
+        if _stays_inside(name):
+            return name
+        plain = "".join(c if c.isalnum() or c == "-" else "_" for c in name)
+        return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -62,24 +75,36 @@ class Key:
 
 
 @dataclass(frozen=True)
+class NoRecord:
+    """What a unit returns for a subject that has no record, beside those that have.
+
+    Attributes:
+        why: Why not, in a sentence.
+    """
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Unit:
     """Work that computes some records of one cell.
 
     Attributes:
         keys: Keys of the records.
-        work: Function of ``*arguments`` and a list of subjects that returns a record
-            per subject; picklable, since it may run in another process.
+        work: Function of ``*arguments`` and a list of subjects that returns a record,
+            or why there is none, per subject; picklable, since it may run in another
+            process.
         arguments: Arguments of the function.
         after: Key of a record of another unit that must be computed first; the record
             is passed to the function after ``arguments``.
     """
 
     keys: tuple[Key, ...]
-    work: Callable[..., Sequence[Record]]
+    work: Callable[..., Sequence[Record | NoRecord]]
     arguments: tuple[Any, ...]
     after: Key | None = None
 
-    def __call__(self) -> Sequence[Record]:
+    def __call__(self) -> Sequence[Record | NoRecord]:
         """Compute the records."""
         return self.work(*self.arguments, [key.subject for key in self.keys])
 
@@ -112,20 +137,17 @@ class Study:
         Raises:
             StorageError: If the folder holds another study or other files.
         """
-        file = self.folder / "settings.json"
+        file = self.folder / SETTINGS
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-        if file.is_file():
-            try:
-                begun = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                begun = {}
-            if differ := differences(begun, json.loads(text)):
-                raise StorageError(
-                    f"{str(self.folder)!r} was begun with other settings: {differ}. "
-                    "Give the same ones, or another --name."
-                )
+        # Without records nothing contradicts other settings, if the folder is ours.
+        is_old = self.has_records or not read_mark(self.folder)
+        if file.is_file() and is_old:
+            self._check(file, json.loads(text))
             return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        others = (
+            () if file.is_file() or not self.folder.is_dir() else self.folder.iterdir()
+        )
+        if any(other.name != MARK for other in others):
             raise StorageError(
                 f"{str(self.folder)!r} holds files but no study. Give another --name."
             )
@@ -138,24 +160,60 @@ class Study:
                 "another folder with --output."
             ) from error
 
+    def _check(self, file: Path, settings: Mapping[str, Any]) -> None:
+        """Refuse other settings than those in the folder."""
+        try:
+            begun = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            begun = None
+        if not isinstance(begun, dict):
+            raise StorageError(
+                f"{str(file)!r} is damaged, so that nobody knows what the records "
+                "beside it are of. Restore it, or give another --name."
+            )
+        if differ := differences(begun, settings):
+            raise StorageError(
+                f"{str(self.folder)!r} was begun with other settings: {differ}. "
+                "Give the same ones, or another --name."
+            )
+
+    @property
+    def has_records(self) -> bool:
+        """Whether there is any record, whole or not."""
+        return any((self.folder / RECORDS).glob("**/*.json"))
+
+    def remove_parts(self) -> None:
+        """Remove files that a killed process has not finished."""
+        for folder in (self.folder, *self.folder.glob("*/"), *self.folder.glob("*/*/")):
+            remove_parts(folder)
+
     def read(self, key: Key) -> Record | None:
         """Return a record; None if it is missing or its file is damaged.
 
         Args:
             key: Key of the record.
         """
-        file = self.folder / "records" / key.file
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record.pop("key") == asdict(key):
-                return dict(record)
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, AttributeError, TypeError):
-            pass
+        file = self.folder / RECORDS / key.file
+        with contextlib.suppress(ValueError, KeyError, RecursionError):
+            try:
+                record = json.loads(file.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return None
+            if isinstance(record, dict) and self._is_sealed(record):
+                record.pop(SEAL, None)
+                if record.pop("key") == asdict(key):
+                    return record
         if key.file not in self.damaged:
             self.damaged.append(key.file)
         return None
+
+    def _is_sealed(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record is as it was written, as far as it says so."""
+        if SEAL not in record:
+            # Earlier versions wrote none.
+            return not read_mark(self.folder).get(SEALED)
+        rest = {name: value for name, value in record.items() if name != SEAL}
+        return record[SEAL] == _sealed(rest)
 
     def write(self, key: Key, record: Record) -> None:
         """Write a record atomically.
@@ -167,10 +225,12 @@ class Study:
         Raises:
             StorageError: If the record cannot be written.
         """
-        file = self.folder / "records" / key.file
+        file = self.folder / RECORDS / key.file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(finite({"key": asdict(key), **record}), allow_nan=False)
+            # As it will be read: keys are texts in JSON.
+            whole = json.loads(json.dumps(finite({"key": asdict(key), **record})))
+            text = json.dumps({**whole, SEAL: _sealed(whole)}, allow_nan=False)
             write_text(file, text + "\n")
         except OSError as error:
             raise StorageError(
@@ -210,56 +270,32 @@ class Study:
                     ready.append(replace(unit, arguments=arguments))
                 else:
                     failed.append(f"{unit.name}: it needs {unit.after.file}.")
-            for unit, records in _results(ready, jobs):
-                if isinstance(records, Exception):
-                    failed.append(f"{unit.name}: {records}")
-                else:
-                    for key, record in zip(unit.keys, records, strict=True):
-                        self.write(key, record)
-                done += 1
-                if progress is not None:
-                    progress("records", done, len(units))
+            with contextlib.closing(results(ready, _records, jobs)) as finished:
+                for unit, records in finished:
+                    if isinstance(records, WorkError):
+                        failed.append(f"{unit.name}: {records}")
+                    else:
+                        for key, record in zip(unit.keys, records, strict=True):
+                            if isinstance(record, NoRecord):
+                                lost = replace(unit, keys=(key,))
+                                failed.append(f"{lost.name}: {record.why}")
+                            else:
+                                self.write(key, record)
+                    done += 1
+                    if progress is not None:
+                        progress("records", done, len(units))
         return failed
 
 
-def _results(
-    units: Sequence[Unit], jobs: int
-) -> Iterator[tuple[Unit, Sequence[Record] | Exception]]:
-    """Yield the records of each unit, or its ValueError or OSError."""
-    if jobs == 1 or len(units) < 2:
-        for unit in units:
-            try:
-                yield unit, unit()
-            except (ValueError, OSError) as error:
-                yield unit, error
-        return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Forked processes hang in torch's thread pool.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_prepare, initargs=(threads,)
-    ) as pool:
-        waiting = {pool.submit(unit): unit for unit in units}
-        try:
-            for future in concurrent.futures.as_completed(waiting):
-                try:
-                    yield waiting[future], future.result()
-                except (ValueError, OSError) as error:
-                    yield waiting[future], error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def _records(unit: Unit) -> Sequence[Record | NoRecord]:
+    return unit()
 
 
-def _prepare(threads: int) -> None:
-    """Set up a worker process that ends when its parent does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _sealed(record: Mapping[str, Any]) -> str:
+    """Return a digest of a record, by which an edited one is told."""
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def _stays_inside(path: str) -> bool:
+    return not path.startswith("/") and not {"..", "."} & {*path.split("/")}

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+PART = ".part"
+"""How the names of unfinished files and folders end."""
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -17,9 +20,11 @@ def replacing(path: Path) -> Iterator[Path]:
         path: Where to.
 
     Yields:
-        Where to write.
+        Where to write: an empty file with a name that nobody could know before.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    number, name = tempfile.mkstemp(PART, f".{path.name[:40]}.", path.parent)
+    os.close(number)
+    part = Path(name)
     try:
         yield part
         # Some libraries make files that are their owner's alone; results are not.
@@ -40,6 +45,43 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Fill a part of a folder of results beside its place, and put it there when whole.
+
+    The folder itself must be this process's alone, see `rocoft.commands.claimed`.
+
+    Args:
+        folder: The place; what is there goes.
+
+    Yields:
+        The folder to fill.
+    """
+    part = Path(tempfile.mkdtemp(PART, f".{folder.name[:40]}.", folder.parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_parts(folder: Path, start: str = "") -> None:
+    """Remove unfinished files that a killed process has left.
+
+    Args:
+        folder: A folder that this process alone writes.
+        start: How the names of the finished files begin.
+    """
+    for part in folder.glob(f".{start}*{PART}"):
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """Return what differs between stored and given settings, as text; "" if nothing.
 
@@ -52,34 +94,3 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
         for key in given
         if stored.get(key) != given[key]
     )
-
-
-@contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside its place, and put it there once it is whole.
-
-    Args:
-        folder: The place; what is there is removed.
-
-    Yields:
-        The folder to fill.
-
-    Raises:
-        OSError: If it cannot be written to.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise OSError(
-            f"{str(folder.parent)!r} cannot be written to: {error.strerror}. Choose "
-            "another folder with --output."
-        ) from error
-    try:
-        yield part
-        part.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -6,6 +6,7 @@ answer at once.
 
 import contextlib
 import importlib
+import io
 import os
 import shlex
 import signal
@@ -15,12 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rocoft.commands.failures import reason
 from rocoft.commands.options import nearest, parse_options, version
+from rocoft.commands.text import printable
 
 DONE = 0
 FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+UNREAD = 141
+"""Whoever read the output has gone; shells say so of programs that a pipe ends."""
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """Where launchers of several processes say which one this is."""
@@ -85,9 +90,11 @@ class Command:
                 with it; with ``argv=None`` it is.
 
         Returns:
-            The exit code: 0 done, 1 parts failed, 2 bad input, 130 interrupted.
+            The exit code: 0 done, 1 parts failed, 2 bad input, 130 interrupted, 141 if
+            nobody reads the output.
         """
         given = list(sys.argv[1:] if argv is None else argv)
+        _write_what_the_encoding_lacks()
         try:
             with _interrupted_at_once(is_process or argv is None):
                 options = self.parse(given)
@@ -98,17 +105,22 @@ class Command:
             with quiet_libraries():
                 line = shlex.join(["python", "-m", self.module, *given])
                 failed = work.run(options, line)
-        except (ValueError, OSError) as error:
-            # Every error of ours is one of these and says its way out in its text.
-            if not launched_rank() or _is_of_this_process(error):
-                _say(f"error: {error}")
-            return USAGE_ERROR
+            sys.stdout.flush()
+            for what in failed:
+                _say(f"failed: {what}")
+        except BrokenPipeError:
+            _write_to_nobody()
+            return UNREAD
         except KeyboardInterrupt:
             if not launched_rank():
                 _say(f"interrupted; {self.interrupted}")
             return INTERRUPTED
-        for what in failed:
-            _say(f"failed: {what}")
+        except Exception as error:
+            if (text := reason(error)) is None:
+                raise
+            if not launched_rank() or _is_of_this_process(error):
+                _say(f"error: {text}")
+            return USAGE_ERROR
         return FAILED if failed else DONE
 
 
@@ -207,5 +219,23 @@ def _is_of_this_process(error: Exception) -> bool:
     return joined and isinstance(error, OSError)
 
 
+def _write_what_the_encoding_lacks() -> None:
+    """Let the streams write out characters that their encoding lacks, not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201
+    """Say a line, unless nobody listens."""
+    with contextlib.suppress(BrokenPipeError):
+        print(printable(text), file=sys.stderr)  # noqa: T201
+
+
+def _write_to_nobody() -> None:
+    """Let what is still to be written, at the end of the process too, go nowhere."""
+    # Objects that stand in for the streams have no descriptor.
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -4,6 +4,8 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 
+from rocoft.commands.text import printable
+
 Progress = Callable[[str, int, int], None]
 """Told what is done, how many steps of it, and of how many."""
 
@@ -25,13 +27,14 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description:>20}"), BarColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description:>20}", markup=False)
+    columns = (text, BarColumn(), TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks = {}
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
+                tasks[what] = bar.add_task(printable(what), total=total)
             bar.update(tasks[what], completed=done, total=total)
 
         yield progress

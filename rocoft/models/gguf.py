@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rocoft.commands import temporary_folder
 from rocoft.models.pretrained import BackboneError, first_line
 
 ORIGIN = "gguf.json"
@@ -155,7 +155,11 @@ def _make(folder: Path, file: Path, name: str, origin: dict[str, Any]) -> None:
 
 def _read(file: Path, name: str) -> tuple[Any, Any]:
     """Return a file's model, whose weights are ordinary ones, and its tokenizer."""
-    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    options: dict[str, Any] = {
+        "gguf_file": file.name,
+        "local_files_only": True,
+        "trust_remote_code": False,  # of files beside it
+    }
     plain: dict[str, Any] = {}
     kind: Any = AutoModelForCausalLM
     if hasattr(transformers, "GgufConfig"):
@@ -204,10 +208,8 @@ def _no_bars() -> contextlib.AbstractContextManager[Any]:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """Fill a folder beside its place, and put it there unless another process has."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
-    ) as part:
-        yield Path(part)
+    with temporary_folder(folder.parent, f".{folder.name}.") as part:
+        yield part
         try:
             os.rename(part, folder)
         except OSError:

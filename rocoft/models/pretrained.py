@@ -46,6 +46,8 @@ def first_line(error: Exception) -> str:
 def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
     """Call `from_pretrained` and report failures in one sentence.
 
+    Code that comes with a model is never run.
+
     Args:
         kind: One of transformers' Auto classes.
         path: Hub id or local folder.
@@ -60,10 +62,19 @@ def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
     """
     local = os.path.isdir(path) or not _hub_is_known()
     try:
-        return kind.from_pretrained(path, local_files_only=local, **options)
+        # Not None, the default, which asks the user and waits for an answer.
+        return kind.from_pretrained(
+            path, local_files_only=local, trust_remote_code=False, **options
+        )
     except Exception as error:
         # Hub, network, parser and configuration errors share no base class.
         reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            raise BackboneError(
+                f"model {name!r} needs code of its own, from its folder or repository, "
+                "and only models that transformers knows are loaded here: no code of "
+                "others is run. Convert it, or name another model."
+            ) from error
         if local and not os.path.isdir(path):
             reason = "the Hub cannot be reached and the model is not in the local cache"
         origin = "" if os.path.isdir(path) else " from the Hub"

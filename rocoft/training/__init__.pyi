@@ -5,7 +5,6 @@ from .groups import (
     OutputOptions,
     TaskOptions,
     file_name,
-    is_taken,
     refuse_two_sources,
     task_name,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "TaskOptions",
     "TrainOptions",
     "file_name",
-    "is_taken",
     "refuse_two_sources",
     "task_name",
     # readout_trainer

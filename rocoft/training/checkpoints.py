@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from rocoft.commands import temporary_folder
 from rocoft.training.methods import trained_parameters
 from rocoft.training.ordered_trainer import TrainingError
 
@@ -122,9 +123,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> float:
 
 @contextlib.contextmanager
 def search_folder(folder: Path | None) -> Iterator[Path]:
-    """Yield the folder of a search: the given one, or a temporary one if None."""
+    """Yield the folder of a search: the given one, or a temporary one if None.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        The folder.
+    """
     if folder is not None:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="rocoft-") as temporary:
-        yield Path(temporary) / "search"
+    parent = Path(tempfile.gettempdir())
+    with temporary_folder(parent, "rocoft-search-") as temporary:
+        yield temporary / "search"

@@ -3,8 +3,9 @@
 Importing this imports no torch.
 """
 
-import os
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,9 +13,12 @@ from typing import ClassVar
 from rocoft.commands import (
     DEFAULT_MODEL,
     Dtype,
+    FolderKind,
     Head,
     OptionError,
+    Place,
     Readout,
+    claimed,
     embedded_model,
     option,
     positive,
@@ -248,41 +252,34 @@ class OutputOptions:
         """Whether nothing is printed on the way."""
         return self.quiet or self.json
 
-    def new_folder(self, default: str, marker: str) -> Path:
-        """Return where a result goes, after making sure that it can.
+    @contextlib.contextmanager
+    def claimed(
+        self, default: str, kind: FolderKind, *, numbered: bool = False
+    ) -> Iterator[Place]:
+        """Hold the folder of a new result, after making sure that it can be written.
 
         Args:
             default: Its name where ``--name`` gives none.
-            marker: The file that an earlier result holds.
+            kind: The command's folders.
+            numbered: Whether a number follows the default where it is taken.
 
-        Returns:
-            The folder; if it exists it is empty, or an earlier result to be replaced.
+        Yields:
+            The place.
 
         Raises:
             OptionError: If it holds something else, or an earlier result that is not to
                 be replaced, or cannot be written to.
         """
-        folder = self.output / (self.name or plain(default))
-        if is_taken(folder):
-            if not (folder / marker).is_file():
-                raise OptionError(
-                    f"{str(folder)!r} exists and is no earlier result. Choose another "
-                    "--name."
-                )
-            if not self.overwrite:
-                raise OptionError(
-                    f"{str(folder)!r} holds an earlier result. Choose another --name, "
-                    "or replace it with --overwrite."
-                )
-        parent = folder.parent
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise OptionError(
-                f"{str(folder)!r} cannot be written to. Choose another folder with "
-                "--output."
-            )
-        return folder
+        name = self.name or plain(default)
+        with claimed(
+            self.output,
+            name,
+            kind,
+            overwrite=self.overwrite,
+            numbered=numbered and self.name is None,
+        ) as place:
+            place.check()
+            yield place
 
 
 def plain(name: str) -> str:
@@ -292,12 +289,3 @@ def plain(name: str) -> str:
         name: The parts of the name, which users may have chosen.
     """
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).lstrip(".")
-
-
-def is_taken(folder: Path) -> bool:
-    """Return whether a path is anything but free or an empty folder.
-
-    Args:
-        folder: The path.
-    """
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))

@@ -5,7 +5,6 @@ last: if it exists, the rest is complete.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rocoft.commands import replacing, write_text
+from rocoft.commands import (
+    markdown,
+    markdown_code,
+    printable,
+    replacing,
+    replacing_folder,
+    write_text,
+)
 from rocoft.models import MeanPooled, Prompted, SharedOutput, as_given
 from rocoft.training.methods import Method
 from rocoft.training.trainer import FineTuned
@@ -74,18 +80,14 @@ def write_results(
     """
     model, method = tuned.model, tuned.method
     model_folder = folder / ("adapter" if method.adapter else "model")
-    temporary = folder / f".{model_folder.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    _save_model(model, temporary, str(record["model"]))
-    tokenizer.save_pretrained(temporary)
-    _write_card(model, method, temporary, record)
-    for file in temporary.iterdir():
-        if file.is_file():
-            # safetensors writes files that only their owner can read.
-            shutil.copymode(temporary / "README.md", file)
-    shutil.rmtree(model_folder, ignore_errors=True)
-    temporary.replace(model_folder)
+    with replacing_folder(model_folder) as part:
+        _save_model(model, part, str(record["model"]))
+        tokenizer.save_pretrained(part)
+        _write_card(model, method, part, record, folder.name)
+        for file in part.iterdir():
+            if file.is_file():
+                # safetensors writes files that only their owner can read.
+                shutil.copymode(part / "README.md", file)
     tensors = {"logits": tuned.logits.contiguous(), "labels": tuned.labels.contiguous()}
     with replacing(folder / "predictions.safetensors") as file:
         save_file(tensors, file)
@@ -135,29 +137,37 @@ def _output_layer(shared: SharedOutput) -> nn.Linear:
 
 
 def _write_card(
-    model: nn.Module, method: Method, folder: Path, record: Mapping[str, Any]
+    model: nn.Module,
+    method: Method,
+    folder: Path,
+    record: Mapping[str, Any],
+    name: str,
 ) -> None:
-    """Write a model card: origin, test scores, and how to load the model."""
+    """Write a model card: origin, test scores, and how to load the model.
+
+    Names of models and tasks may hold Markdown, HTML and what closes a block of YAML.
+    """
     kinds = {"causal": "text-generation", "seq2seq": "text2text-generation"}
     has_classes = bool(record["labels"])
     kind = "text-classification" if has_classes else kinds[record["readout"]]
     on_hub = "/" in str(record["model"]) and not Path(str(record["model"])).exists()
+    task = printable(record["task"])
     data = ModelCardData(
-        base_model=record["model"] if on_hub else None,
+        base_model=printable(record["model"]) if on_hub else None,
         library_name="peft" if method.adapter else "transformers",
         tags=["rocoft"] if method.kind == "rocoft" else None,
-        model_name=folder.parent.name,
+        model_name=printable(name),
         eval_results=[
-            EvalResult(kind, record["task"], record["task"], k, v)
-            for k, v in record["test"].items()
+            EvalResult(kind, task, task, k, v) for k, v in record["test"].items()
         ],
     )
     counts = record["parameters"]
     scores = ", ".join(f"{k} {v:.4f}" for k, v in record["test"].items())
     warned = "".join(f"Warning: {w}.\n\n" for w in record.get("warnings", ()))
+    title = markdown(f"{record['model']}, {method!s}, {task}")
     text = (
-        f"# {record['model']}, {method!s}, {record['task']}\n\n"
-        f"Fine-tuned by `python -m rocoft.train`: method `{method!s}`, "
+        f"# {title}\n\n"
+        f"Fine-tuned by `python -m rocoft.train`: method {markdown_code(str(method))}, "
         f"{counts['trainable']:,} trained parameters ({counts['without_head']:,} "
         f"without the head), learning rate {record['learning_rate']}, chosen on "
         f"{record['examples']['dev']} dev examples, seed {record['seed']}.\n\n"

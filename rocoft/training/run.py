@@ -12,7 +12,19 @@ from typing import Any
 import torch
 import yaml
 
-from rocoft.commands import OptionError, progress_bar, write_text
+from rocoft.commands import (
+    FolderKind,
+    OptionError,
+    Place,
+    claimed,
+    differences,
+    is_taken,
+    progress_bar,
+    remove_parts,
+    show_json,
+    show_lines,
+    write_text,
+)
 from rocoft.data import (
     Split,
     Task,
@@ -22,16 +34,23 @@ from rocoft.data import (
     split_completions,
 )
 from rocoft.models import load_backbone, resolved_device
-from rocoft.training.groups import is_taken, plain
+from rocoft.training.groups import plain
 from rocoft.training.language import fine_tune_language, load_language_model
 from rocoft.training.methods import parse_method
 from rocoft.training.options import TrainOptions
 from rocoft.training.results import RECORD, write_results
-from rocoft.training.search import LOGS, differences
+from rocoft.training.search_folder import LOGS, can_be_resumed
 from rocoft.training.trainer import fine_tune
 
 CONFIG = "config.yaml"
 SEARCH = "search"
+_NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a record raises that someone has changed."""
+FOLDER = FolderKind(
+    "rocoft.train",
+    "run",
+    (CONFIG, SEARCH, LOGS, RECORD, "adapter", "model", "predictions.safetensors"),
+)
 
 
 def run(options: TrainOptions, command: str) -> list[str]:
@@ -47,15 +66,27 @@ def run(options: TrainOptions, command: str) -> list[str]:
     Raises:
         ValueError: If the run cannot be done as asked.
     """
+    spec = options.spec()
+    parse_method(spec)  # A mistyped one must cost no earlier run.
+    given = options.output
+    parts = options.model.name, options.task.name, spec, f"seed{options.task.seed}"
+    name = given.name or plain("-".join(parts))
+    with claimed(given.output, name, FOLDER, overwrite=given.overwrite) as place:
+        return _run(options, command, place)
+
+
+def _run(options: TrainOptions, command: str, place: Place) -> list[str]:
     start = time.perf_counter()
     silent = options.output.silent
     device = resolved_device(options.model.device)
-    folder = _begin(options, device)
+    _begin(options, device, place)
+    folder = place.folder
     if (folder / RECORD).is_file():
-        record = json.loads((folder / RECORD).read_text())
-        _show(record, folder, options, "this run is finished")
+        _show(_finished(folder), folder, options, "this run is finished")
+        place.finish()
         return []
-    with _nothing_left_of_a_false_start(folder):
+    remove_parts(folder)
+    with _nothing_left_of_a_false_start(place):
         with progress_bar(silent) as progress:
             tuned, tokenizer = _tuned(options, device, folder / SEARCH, progress)
         record = {
@@ -70,40 +101,32 @@ def run(options: TrainOptions, command: str) -> list[str]:
     if (folder / SEARCH / LOGS).is_dir():
         shutil.copytree(folder / SEARCH / LOGS, folder / LOGS, dirs_exist_ok=True)
     shutil.rmtree(folder / SEARCH, ignore_errors=True)
+    place.finish()
     _show(record, folder, options)
     return []
 
 
 @contextlib.contextmanager
-def _nothing_left_of_a_false_start(folder: Path) -> Iterator[None]:
+def _nothing_left_of_a_false_start(place: Place) -> Iterator[None]:
     """Remove the folder of a run that fails before there is anything to resume."""
     try:
         yield
     except BaseException:
-        # The Trainer makes the folder of its checkpoints before it refuses an argument.
-        kept = ("lr-*.json", "lr-*/checkpoint-*")
-        if not any(any((folder / SEARCH).glob(name)) for name in kept):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not can_be_resumed(place.folder / SEARCH):
+            place.abandon()
         raise
 
 
-def _begin(options: TrainOptions, device: str) -> Path:
-    """Return the folder of the run, begun with its resolved options."""
-    spec = options.spec()
-    parse_method(spec)  # A mistyped one must cost no earlier run.
-    given = options.output
-    parts = options.model.name, options.task.name, spec, f"seed{options.task.seed}"
-    name = plain("-".join(parts))
-    folder = given.output / (given.name or name)
+def _begin(options: TrainOptions, device: str, place: Place) -> None:
+    """Begin the folder of a run with its resolved options, or check that it goes on."""
+    given, folder = options.output, place.folder
     resolved = {**options.resolved(), "device": device}
-    begun = _begun(folder)
-    if is_taken(folder) and begun is None:
-        raise OptionError(
-            f"{str(folder)!r} exists and is no earlier run. Choose another --name."
-        )
-    if begun is not None and given.overwrite:
-        shutil.rmtree(folder)
-    elif begun is not None:
+    if is_taken(folder) and not given.overwrite:
+        begun = _begun(folder)
+        if begun is None:
+            raise OptionError(
+                f"{str(folder)!r} exists and is no earlier run. Choose another --name."
+            )
         if not given.resume:
             raise OptionError(
                 f"{str(folder)!r} holds an earlier run. Go on with --resume, choose "
@@ -114,23 +137,47 @@ def _begin(options: TrainOptions, device: str) -> Path:
                 f"{str(folder)!r} was begun with other options: {differ}. Resume with "
                 "the same ones, or choose another --name."
             )
-        return folder
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
+        with place.begun() as new:
+            write_text(new / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
     except OSError as error:
         raise OptionError(
             f"{str(folder)!r} cannot be written to: {error.strerror}. Choose another "
             "folder with --output."
         ) from error
-    return folder
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """Return the record of a finished run, if it is one.
+
+    Raises:
+        OptionError: If someone has changed it so that it is none.
+    """
+    file = folder / RECORD
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        summary(record)
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise OptionError(
+            f"{str(file)!r} is not as this command wrote it ({type(error).__name__}: "
+            f"{error}). Restore it, choose another --name, or begin again with "
+            "--overwrite."
+        ) from error
+    return dict(record)
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:
     """Return the options with which a folder's run was begun; None if it has none."""
     try:
         begun = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return None
     # Other programs, too, have files of this name.
     return begun if isinstance(begun, dict) and "num_train_epochs" in begun else None
@@ -154,7 +201,7 @@ def _tuned(
     task = options.task.load(regression=True)
     split = _split(options, task)
     if not options.output.silent and options.model.model is None:
-        print("model: embedded MiniLM-L6; name another with --model")  # noqa: T201
+        show_lines(["model: embedded MiniLM-L6; name another with --model"])
     given = options.model
     backbone = load_backbone(
         given.model,
@@ -168,8 +215,7 @@ def _tuned(
     )
     _check_prompt(options, split, backbone)
     if not options.output.silent:
-        for line in _opening(split, backbone, options):
-            print(line)  # noqa: T201
+        show_lines(_opening(split, backbone, options))
     tuned = fine_tune(backbone, split, options.spec(), **common)
     return tuned, backbone.tokenizer
 
@@ -207,19 +253,19 @@ def _tuned_language(
     )
     if not options.output.silent:
         kind = "multiple choice" if prompts.multiple_choice else "completions"
-        print(  # noqa: T201
+        lines = [
             f"prompts: {prompts.source}, {kind}, {len(prompts.train)} training, "
-            f"{len(prompts.dev)} dev and {len(prompts.test)} test examples\n"
-            f"method: {options.spec()}"
-        )
-        for note in start.notes:
-            print(f"note: {note}")  # noqa: T201
+            f"{len(prompts.dev)} dev and {len(prompts.test)} test examples",
+            f"method: {options.spec()}",
+            *(f"note: {note}" for note in start.notes),
+        ]
         examples = [*prompts.train, *prompts.dev, *prompts.test]
         if cut := start.truncated(examples):
-            print(  # noqa: T201
+            lines.append(
                 f"note: {cut} of {len(examples)} examples were cut to "
                 f"{start.max_length} tokens"
             )
+        show_lines(lines)
     tuned = fine_tune_language(start, prompts, options.spec(), **common)
     return tuned, start.tokenizer
 
@@ -309,8 +355,6 @@ def _show(
     record: dict[str, Any], folder: Path, options: TrainOptions, note: str | None = None
 ) -> None:
     if options.output.json:
-        print(json.dumps(record, indent=1))  # noqa: T201
+        show_json(record)
     elif not options.output.quiet:
-        for line in [*([note] if note else []), *summary(record)]:
-            print(line)  # noqa: T201
-        print(f"results: {folder}")  # noqa: T201
+        show_lines([*([note] if note else []), *summary(record), f"results: {folder}"])

@@ -36,7 +36,7 @@ from transformers.integrations import (
     get_reporting_integration_callbacks,
 )
 
-from rocoft.commands import Progress, differences, replacing, write_text
+from rocoft.commands import Progress, replacing, write_text
 from rocoft.training.checkpoints import (
     has_ended,
     last_checkpoint,
@@ -55,12 +55,10 @@ from rocoft.training.meter import (
 )
 from rocoft.training.methods import trained_parameters
 from rocoft.training.ordered_trainer import TrainingError
+from rocoft.training.search_folder import LOGS, begin_or_check
 
 Keep = Literal["best", "last"]
 """Which weights of a training are kept: the best on dev, or those at its end."""
-
-LOGS = "logs"
-"""Subfolder of the search's folder for the trackers' files."""
 
 PROTOCOL: dict[str, Any] = {
     "num_train_epochs": 5,
@@ -207,7 +205,7 @@ def search(
         "examples_sha256": _sha256([*job.train, *job.dev]),
         **job.details,
     }
-    _begin_or_check(folder, settings, resume)
+    begin_or_check(folder, settings, resume)
     trainer_arguments = lambda rate: _arguments(
         job, rate, arguments, seed, folder / _file(rate), keep
     )
@@ -277,29 +275,6 @@ def seeded_generators(seed: int) -> Iterator[None]:
 def _file(rate: float) -> str:
     """Return the name of a rate's files, which no other rate has."""
     return f"lr-{float(rate)!r}"
-
-
-def _begin_or_check(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Begin a folder, or check that it was begun with the same settings."""
-    file = folder / "settings.json"
-    text = json.dumps(settings, indent=1, default=str) + "\n"
-    if resume and file.is_file():
-        stored, given = json.loads(file.read_text()), json.loads(text)
-        if differ := differences(stored, given):
-            raise TrainingError(
-                f"{str(folder)!r} was begun with other settings: {differ}. Use the "
-                "same ones, or another folder."
-            )
-        return
-    if file.is_file():
-        shutil.rmtree(folder)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise TrainingError(
-            f"folder={str(folder)!r} holds files but no earlier search: settings.json "
-            "is missing. Give an empty folder or a new one."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, text)
 
 
 def _sha256(examples: Sequence[Mapping[str, Any]]) -> str:

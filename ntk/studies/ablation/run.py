@@ -83,6 +83,7 @@ def _keys(cell: Cell, kind: str, subjects: Sequence[str]) -> tuple[Key, ...]:
 
 
 run = StudyRun(
+    command="ntk.ablate",
     units=units,
     collect=collect,
     tables=tables,

@@ -4,15 +4,14 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ntk.reporting import to_png, to_svg
 from ntk.scale import write_bytes, write_text
@@ -21,10 +20,19 @@ from ntk.studies.bench.cases import Cases
 from ntk.studies.bench.figures import draw_growth
 from ntk.studies.bench.options import BenchOptions
 from ntk.studies.command import say_origin
-from rocoft.commands import progress_bar, replacing_folder
+from rocoft.commands import (
+    FolderKind,
+    Place,
+    printable,
+    progress_bar,
+    show_json,
+    show_lines,
+    show_tables,
+)
 from rocoft.training import versions
 
 RECORD = "bench.json"
+FOLDER = FolderKind("ntk.bench", "result", (RECORD, "bench.svg", "bench.png"))
 Record = dict[str, Any]
 
 
@@ -41,8 +49,12 @@ def run(options: BenchOptions, command: str) -> list[str]:
     Raises:
         ValueError: If a case cannot be timed.
     """
+    with options.output.claimed("bench", FOLDER) as place:
+        return _run(options, command, place)
+
+
+def _run(options: BenchOptions, command: str, place: Place) -> list[str]:
     spaces = {text: parse_space(text) for text in options.timed.spaces}
-    folder = options.output.new_folder("bench", RECORD)
     say_origin(options)
     with progress_bar(options.output.silent) as progress:
         cases = Cases(options, spaces, progress)
@@ -75,14 +87,14 @@ def run(options: BenchOptions, command: str) -> list[str]:
     }
     text = json.dumps(record, indent=1) + "\n"
     figure = draw_growth(record)
-    with replacing_folder(folder) as part:
+    with place.filled() as part:
         write_text(part / RECORD, text)
         write_text(part / "bench.svg", to_svg(figure))
         write_bytes(part / "bench.png", to_png(figure))
     if options.output.json:
-        print(text, end="")  # noqa: T201
+        show_json(text)
     elif not options.output.quiet:
-        _show(record, folder)
+        _show(record, place.folder)
     return []
 
 
@@ -95,7 +107,6 @@ def _device_name(device: torch.device) -> str:
 def _show(record: Record, folder: Path) -> None:
     costs = record["costs"]
     model = record["model"]
-    console = Console(width=None if sys.stdout.isatty() else 110)
     heads = [
         f"n = {cost['examples']}\n{cost['positions'] / cost['examples']:.0f} tokens"
         for cost in costs
@@ -104,30 +115,37 @@ def _show(record: Record, folder: Path) -> None:
         f"Kernels of {model['name']} on {record['machine']['device']}, "
         f"{model['dtype']}: time over the floor"
     )
-    console.print(_table(title, heads, costs))
+    tables = [_table(title, heads, costs)]
     for axis, some in record["growth"].items():
         title = f"{axis}, n = {some[0]['examples']}: time over the floor"
-        console.print(_table(title, [str(one["at"]) for one in some], some))
-    for name, error in costs[-1]["errors"].items():
-        console.print(f"{name}: relative error {error:.1e}", highlight=False)
-    for line in (
-        "floor: one forward and c backward passes, no gradient of a parameter; bound: "
-        "the floor and the full kernel's multiply-adds at the rate of a matrix product "
-        f"({costs[-1]['multiply_adds_per_second']:.2g} a second).",
-        f"figures and record: {folder}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
+        tables.append(_table(title, [str(one["at"]) for one in some], some))
+    errors = costs[-1]["errors"]
+    show_tables(
+        tables, [f"{name}: relative error {e:.1e}" for name, e in errors.items()]
+    )
+    rate = costs[-1]["multiply_adds_per_second"]
+    show_lines(
+        [
+            "floor: one forward and c backward passes, no gradient of a parameter; "
+            "bound: the floor and the full kernel's multiply-adds at the rate of a "
+            f"matrix product ({rate:.2g} a second).",
+            f"figures and record: {folder}",
+        ]
+    )
 
 
 def _table(title: str, heads: Sequence[str], costs: Sequence[Record]) -> Table:
     """Return the table of some costs, a column each."""
-    table = Table(title=title)
+    table = Table(title=Text(printable(title)))
     table.add_column("kernel")
     for head in heads:
-        table.add_column(head, justify="right")
+        table.add_column(Text(head), justify="right")
     table.add_row("floor (s)", *(f"{cost['seconds']['floor']:.3g}" for cost in costs))
     for name in costs[0]["over_floor"]:
-        table.add_row(name, *(f"{cost['over_floor'][name]:.2f}" for cost in costs))
+        table.add_row(
+            Text(printable(name)),
+            *(f"{cost['over_floor'][name]:.2f}" for cost in costs),
+        )
     if costs[0]["over_bound"] is not None:
         table.add_row(
             "full over its bound", *(f"{cost['over_bound']:.2f}" for cost in costs)

@@ -58,6 +58,8 @@ def _comparison(space: Record, reference: Record | None, record: Record) -> str:
         if math.isfinite(body):
             text += f"; {_short(body)} % without the head's block"
         text += ")"
+    elif space.get("zero"):
+        return f"{text} is zero: the outputs depend on none of them at these examples."
     else:
         text += f" has no distance to {name} that could be computed"
     for kind in CLASSIFIERS:

@@ -16,7 +16,14 @@ from ntk.classifiers import (
     cross_fit,
 )
 from ntk.kernels import Kind
-from ntk.measures import contrasts, distance, gram_matrix, reduced, spectrum
+from ntk.measures import (
+    UndefinedError,
+    contrasts,
+    distance,
+    gram_matrix,
+    reduced,
+    spectrum,
+)
 from ntk.studies.encoding import EncodedSplit
 from ntk.studies.folds import HeldOut
 
@@ -78,12 +85,25 @@ class Measurement:
         """Return the Gram matrix over the training examples."""
         return gram_matrix(self.kernels[name][: self.n]).numpy()
 
+    def is_zero(self, name: str) -> bool:
+        """Whether a kernel, or that of a fold, has no scale: nothing is of it."""
+        parts = [self.kernels[name][: self.n]]
+        parts += [fold.kernels[name] for fold in self.folds]
+        return any(not float(gram_matrix(part).trace()) > 0 for part in parts)
+
     def measures(self, name: str, head: str | None) -> Record:
         """Return the distances, the spectrum and the alignment of one kernel."""
-        if not self.symmetric:
+        zero = self.symmetric and self.is_zero(name)
+        if zero and name == "full":
+            raise ValueError(
+                "the kernel over all parameters is zero on the training examples, so "
+                "that there is nothing to compare with: the outputs depend on no "
+                "parameter there. Check the model and the readout."
+            )
+        if zero or not self.symmetric:
             undefined = ("distance", "body_distance", "spectrum", "alignment")
             empty: Record = {"eigenvalues": [], "cumulative_power": []}
-            return {**dict.fromkeys(undefined), **empty}
+            return {**dict.fromkeys(undefined), **empty, "zero": zero}
         reference, gram = self.gram("full"), self.gram(name)
         body = None
         if head is not None and name != head:
@@ -100,7 +120,7 @@ class Measurement:
             "alignment": self._alignment(name),
         }
 
-    def _alignment(self, name: str) -> Record:
+    def _alignment(self, name: str) -> Record | None:
         """Return the kernel-target alignment, and that with permuted labels.
 
         With folds, their mean: of each the kernel between the examples that the head
@@ -115,12 +135,15 @@ class Measurement:
                 )
                 for fold in self.folds
             ]
-        nulls = [
-            distance.permutation_alignment(
-                gram, targets, seed=self.seed, draws=200, outputs=self.b
-            )
-            for gram, targets in parts
-        ]
+        try:
+            nulls = [
+                distance.permutation_alignment(
+                    gram, targets, seed=self.seed, draws=200, outputs=self.b
+                )
+                for gram, targets in parts
+            ]
+        except UndefinedError:
+            return None
         return {
             "value": float(np.mean([null.observed for null in nulls])),
             "null_mean": float(np.mean([null.mean for null in nulls])),
@@ -132,11 +155,15 @@ class Measurement:
         if np.abs(gram).max() <= FLOAT32_EPS * np.abs(reference).max():
             return None
         rank = min(EIGENSPACE, len(gram) - 1)
-        return asdict(distance.summary(reference, gram, rank=rank))
+        try:
+            return asdict(distance.summary(reference, gram, rank=rank))
+        except UndefinedError:
+            # Such as that of a constant kernel, which centring leaves nothing of.
+            return None
 
     def classify(self, name: str) -> Record:
         """Return the test accuracy of each classifier on one kernel."""
-        if not self.symmetric:
+        if not self.symmetric or self.is_zero(name):
             return dict.fromkeys(("ridge", "logistic", "svm"))
         return {
             method: self._classified(name, model())
@@ -149,8 +176,11 @@ class Measurement:
         for name in names:
             groups.setdefault(name.partition("#")[0], []).append(name)
         found = []
-        for group, members in groups.items():
+        for group, selections in groups.items():
             if not self.symmetric:
+                continue
+            members = [name for name in selections if not self.is_zero(name)]
+            if not members:
                 continue
             axis, _, count = group.partition(":")
             full = self.gram("full")

@@ -18,7 +18,6 @@ from ntk.reporting import (
     DASH,
     SECTIONS,
     Record,
-    escape,
     flat,
     inline_svg,
     label_of,
@@ -30,6 +29,8 @@ from ntk.reporting import (
 )
 from ntk.studies.comparison.figures import CLASSIFIERS, draw_figures
 from ntk.studies.comparison.findings import question, summary_lines
+from rocoft.commands import markdown as in_markdown
+from rocoft.commands import printable
 
 COLUMNS = (
     # title, path in a space, factor, format, key in a repeated result
@@ -98,7 +99,7 @@ def table(record: Record) -> Table:
         record: The record of a comparison.
     """
     titles, body = rows(record)
-    name = Text(_title(record))
+    name = Text(printable(_title(record)))
     result = Table(box=box.HORIZONTALS, padding=0, pad_edge=False, title=name)
     result.add_column("space", overflow="fold", min_width=16)
     for title in titles:  # Units on a line of their own.
@@ -108,7 +109,8 @@ def table(record: Record) -> Table:
             result.add_section()
         cells = (row.cell(title) for title in titles)
         result.add_row(
-            Text(row.label), *(Text("\n±".join(filter(None, c))) for c in cells)
+            Text(printable(row.label)),
+            *(Text("\n±".join(filter(None, c))) for c in cells),
         )
     return result
 
@@ -120,16 +122,16 @@ def markdown(record: Record) -> str:
         record: The record of a comparison.
     """
     titles, body = rows(record)
-    lines = [f"# {escape(_title(record))}", "", escape(question(record)), ""]
-    lines += [f"- {escape(line)}" for line in summary_lines(record)]
+    lines = [f"# {in_markdown(_title(record))}", "", in_markdown(question(record)), ""]
+    lines += [f"- {in_markdown(line)}" for line in summary_lines(record)]
     lines += ["", f"| space | {' | '.join(titles)} |"]
     lines += ["|---" + "|---:" * len(titles) + "|"]
     for row in body:
         cells = (" ± ".join(filter(None, row.cell(title))) for title in titles)
-        lines.append(f"| {escape(row.label)} | {' | '.join(cells)} |")
+        lines.append(f"| {in_markdown(row.label)} | {' | '.join(cells)} |")
     lines += ["", "## What was run", ""]
     ran = ("command", "created", "model", "task", "kernel", "versions", "timing")
-    lines += [f"- {key}: {escape(flat(record.get(key)))}" for key in ran]
+    lines += [f"- {key}: {in_markdown(flat(record.get(key)))}" for key in ran]
     return "\n".join(lines) + "\n"
 
 

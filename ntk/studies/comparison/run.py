@@ -2,8 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ntk.kernels import Estimator, KernelOptions, SamplingEstimator, SketchEstimator
 from ntk.reporting import to_json
@@ -22,6 +19,7 @@ from ntk.scale import (
     Resources,
     Work,
     kernels,
+    launched_size,
     plan,
     save_kernels,
 )
@@ -32,12 +30,27 @@ from ntk.studies.comparison.findings import summary_lines
 from ntk.studies.comparison.options import CompareOptions
 from ntk.studies.comparison.splits import over_splits
 from ntk.studies.comparison.subject import Comparison
-from rocoft.commands import OptionError, Progress, progress_bar, replacing_folder
+from rocoft.commands import (
+    FolderKind,
+    OptionError,
+    Place,
+    Progress,
+    launched_rank,
+    progress_bar,
+    show_json,
+    show_lines,
+    show_tables,
+)
 from rocoft.data import Split, few_shot
 from rocoft.models import Backbone, load_backbone, resolved_device
 from rocoft.training import versions
 
 KERNELS = "kernels.safetensors"
+FOLDER = FolderKind(
+    "ntk.compare",
+    "result",
+    ("report.json", "report.md", "report.html", "figures", KERNELS),
+)
 
 
 def run(options: CompareOptions, command: str) -> list[str]:
@@ -53,14 +66,23 @@ def run(options: CompareOptions, command: str) -> list[str]:
     Raises:
         ValueError: If the comparison cannot be done as asked.
     """
+    if options.kernels.plan or (launched_size() > 1 and launched_rank()):
+        # Of several processes the first one writes.
+        return _run(options, command, None)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{options.model.name}-{options.task.name}-{stamp}"
+    with options.output.claimed(name, FOLDER, numbered=True) as place:
+        return _run(options, command, place)
+
+
+def _run(options: CompareOptions, command: str, place: Place | None) -> list[str]:
     spaces = requested_spaces(options)
     approximate = estimator(options.kernels.approximate)
-    folder = None if options.kernels.plan else _folder(options)
     processes = Processes.launched(resolved_device(options.model.device))
     helps = processes is not None and not processes.is_first
     silent = options.output.silent or helps
     if not silent and options.model.model is None:
-        print("model: embedded MiniLM-L6; name another with --model")  # noqa: T201
+        show_lines(["model: embedded MiniLM-L6; name another with --model"])
     task, evaluations, tests = options.task.load(), [], set()
     for number in range(options.task.splits):
         start = time.perf_counter()
@@ -68,12 +90,12 @@ def run(options: CompareOptions, command: str) -> list[str]:
         split = few_shot(task, options.task.shots, options.task.test_size, seed)
         compared = _subject(options, split, spaces, approximate, processes)
         if not silent:
-            print("\n".join(_opening(split, compared.backbone, number, options)))  # noqa: T201
+            show_lines(_opening(split, compared.backbone, number, options))
         loaded = time.perf_counter() - start
         resources = replace(
             options.kernels.resources(options.output.cache_folder), processes=processes
         )
-        if folder is None:
+        if options.kernels.plan:
             planned = plan(compared.work, resources)
             if not helps:
                 _show_plan(compared.work, planned, processes, options.output.json)
@@ -85,7 +107,7 @@ def run(options: CompareOptions, command: str) -> list[str]:
             evaluation.record["timing"] = {"load": loaded, **timing}
             evaluations.append(evaluation)
             tests.add(split.test)
-    if helps or folder is None:
+    if helps or place is None:
         return []
     record = {
         "version": importlib.metadata.version("rocoft-ntk"),
@@ -96,10 +118,10 @@ def run(options: CompareOptions, command: str) -> list[str]:
             [evaluation.record for evaluation in evaluations], same_test=len(tests) == 1
         ),
     }
-    with replacing_folder(folder) as part:
+    with place.filled() as part:
         report.write_report(record, part)
         save_kernels(part / KERNELS, evaluations[0].kernels, _header(record))
-    _show(record, folder, options)
+    _show(record, place.folder, options)
     return []
 
 
@@ -220,12 +242,6 @@ def estimator(text: str | None) -> Estimator | None:
         raise OptionError(f"--approximate {text}: {error}") from None
 
 
-def _folder(options: CompareOptions) -> Path:
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{options.model.name}-{options.task.name}-{stamp}"
-    return options.output.new_folder(name, KERNELS)
-
-
 def _header(record: dict[str, Any]) -> dict[str, Any]:
     """Return what a file of kernels says of them."""
     keys = ("version", "command", "model", "task", "kernel")
@@ -242,22 +258,17 @@ def _show_plan(
     size = 1 if processes is None else processes.size
     cost = PlanCost.of(work, plan, processes=size)
     if as_json:
-        print(json.dumps({"plan": cost.lines()}, indent=1))  # noqa: T201
+        show_json({"plan": cost.lines()})
     else:
-        print("\n".join(cost.lines()))  # noqa: T201
+        show_lines(cost.lines())
 
 
 def _show(record: dict[str, Any], folder: Path, options: CompareOptions) -> None:
     if options.output.json:
-        print(to_json(record))  # noqa: T201
-        return
-    if options.output.quiet:
-        return
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(report.table(record))
-    for line in summary_lines(record):
-        console.print(line, highlight=False, markup=False)
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        show_json(to_json(record))
+    elif not options.output.quiet:
+        show_tables([report.table(record)], summary_lines(record))
+        show_lines([f"report: {folder / 'report.html'}"])
 
 
 def _opening(

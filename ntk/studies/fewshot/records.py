@@ -19,7 +19,7 @@ from ntk.kernels import Kind
 from ntk.measures import distance, gram_matrix, growth, spectrum
 from ntk.spaces import Full, Head, Space, parse_space
 from ntk.studies.encoding import selected
-from ntk.studies.folder import Cell, Record
+from ntk.studies.folder import Cell, NoRecord, Record
 from ntk.studies.folds import held_out, mean_alignment
 from ntk.studies.protocol import Protocol, ScoredSplit, description
 from ntk.studies.tuned import rounded_outputs
@@ -35,7 +35,7 @@ GROWTH_DRAWS = 20
 
 def kernel_records(
     protocol: Protocol, cell: Cell, kind: Kind, spaces: Sequence[str]
-) -> list[Record]:
+) -> list[Record | NoRecord]:
     """Compute the kernels of several spaces in one pass and classify with each.
 
     Args:
@@ -82,9 +82,12 @@ def kernel_records(
         "seconds_of_pass": seconds,
         "spaces_of_pass": len(named),
     }
-    records = []
+    records: list[Record | NoRecord] = []
     for text in spaces:
         kernel = kernels[text]
+        if kind != "asymmetric_signgd" and not kernel[: data.train].any():
+            records.append(NoRecord("its kernel is zero: no output depends on it."))
+            continue
         record = {
             **common,
             "space": text,

@@ -70,6 +70,7 @@ def units(options: EvaluateOptions, protocol: Protocol) -> list[Unit]:
 
 
 run = StudyRun(
+    command="ntk.evaluate",
     protocol=protocol,
     units=units,
     collect=collect,

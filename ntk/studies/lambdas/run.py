@@ -95,6 +95,7 @@ def _check_steps(trainings: list[Training], protocol: Protocol) -> None:
 
 
 run = StudyRun(
+    command="ntk.linearize",
     units=units,
     collect=collect,
     tables=tables,

@@ -139,6 +139,7 @@ def _budget(text: str) -> Budget:
 
 
 run = StudyRun(
+    command="ntk.layers",
     units=units,
     then=fine_tuning_units,
     collect=collect,

@@ -12,6 +12,7 @@ from ntk.reporting.page import to_json
 from ntk.scale.storage import StorageError
 from ntk.studies.comparison.findings import question, summary_lines
 from ntk.studies.comparison.report import html, markdown, rows, table, write_report
+from rocoft.commands import show_json, show_tables
 
 NAN = float("nan")
 NORMS = ("entrywise1", "frobenius", "spectral", "nuclear")
@@ -349,6 +350,28 @@ def test_a_page_escapes_every_text(record):
         one["role"] = clean["role"]
         one["trace_by_layer"] = {"<script>": 1.0}
     assert "script" not in Page(html(poisoned, {})).tags
+
+
+HOSTILE = "[/x] [red] :x: $\\frac$ \x1b[2J\x9b31m\u202e\r\n- | <script> --> ![](x) `"
+
+
+def test_names_that_are_obeyed_nowhere(record, tmp_path, capsys):
+    for place in (record["model"], record["task"]):
+        place["name"] = HOSTILE
+    record["task"]["labels"] = [HOSTILE, "_hidden"]
+    for one in record["spaces"]:
+        one["name"] = one["label"] = f"{HOSTILE}{one['label']}"
+    files = write_report(record, tmp_path)
+    show_tables([table(record)], summary_lines(record))
+    show_json(to_json(record))
+    texts = [file.read_text() for k, file in files.items() if not k.endswith("png")]
+    for text in (capsys.readouterr().out, *texts):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+        assert "[/x]" in text.replace("\\", "")
+    page = Page(files["html"].read_text())
+    assert "script" not in page.tags
+    assert "[/x] [red] :x:" in page.words
+    assert r"\x1b[2J\x9b31m\u202e" in page.words
 
 
 @pytest.mark.parametrize(

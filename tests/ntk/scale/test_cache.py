@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,6 +273,50 @@ result = t.run(model, batches, cache, plan, resolved)
 t.save_kernels(t.sys.modules["pathlib"].Path({folder!r}) / "result", result.kernels,
                {{"found": cache.parts_found}})
 """
+
+
+def test_a_cache_that_is_deleted_meanwhile_costs_nothing(cache):
+    model, batches = example()
+    plan, resolved = many_passes(model, batches)
+    expected = run(model, batches, cache, plan, resolved)
+    cache.path.unlink()
+    with cache.held():
+
+        def keep(number, sums):
+            shutil.rmtree(cache.folder, ignore_errors=True)
+            cache.store(plan, resolved, number, sums)
+
+        found = as_planned(model, batches, plan, spaces=SPACES, keep=keep)
+    assert same(found, expected) is None
+    assert cache.load(plan, resolved)[1] == plan.parts
+
+
+def test_parts_of_dead_processes_are_removed_and_others_are_not(cache):
+    other, mine = "a" * 40, ".notes.part"
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    dead = [
+        cache.folder / f".{key}.safetensors.x.part" for key in (cache.key, "b" * 40)
+    ]
+    for file in (*dead, cache.folder / f"{'b' * 40}.lock", cache.folder / mine):
+        file.touch()
+    alive = cache.folder / f".{other}.safetensors.x.part"
+    alive.touch()
+    with KernelCache(cache.folder, other).held():
+        # It is being written from here on.
+        alive.touch()
+        with cache.held():
+            names = {file.name for file in cache.folder.iterdir()}
+    assert names == {f"{cache.key}.lock", f"{other}.lock", alive.name, mine}
+
+
+def test_a_lock_that_is_a_link_is_not_followed(cache, tmp_path):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("mine")
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    (cache.folder / f"{cache.key}.lock").symlink_to(thesis)
+    with pytest.raises(StorageError, match="is no lock but a link"), cache.held():
+        pass
+    assert thesis.read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import pytest
 from commands import exit_code, texts
 
+from ntk import bench, compare
 from ntk.reporting.page import Page
-from ntk.studies.command import StudyRun
+from ntk.studies.command import NAMES, StudyRun
 from ntk.studies.fewshot.options import EvaluateOptions
 from ntk.studies.folder import Key, Unit
 from ntk.studies.protocol import cells
+from rocoft import train
+from rocoft.commands.folders import FolderKind, claimed
 from rocoft.commands.main import Command
 
 DONE = []
@@ -61,6 +64,7 @@ def page(summary):
 
 
 RUN = StudyRun(
+    command="ntk.squares",
     units=units,
     collect=collect,
     tables=lambda summary: [],
@@ -196,6 +200,60 @@ def test_the_folder_of_another_study_is_left_alone(study, capsys):
     assert study.run() == 2
     assert "holds files but no study. Give another --name" in capsys.readouterr().err
     assert [file.name for file in study.folder.iterdir()] == ["thesis.tex"]
+
+
+def test_a_study_is_replaced_only_if_asked_and_if_it_is_one(study, capsys):
+    assert study.run("--quiet") == 0
+    before = texts(study.folder)
+    assert study.run("--quiet", "--test-size", "5", "--overwrite") == 0
+    assert texts(study.folder) != before
+    assert len(DONE) == 6
+    (study.folder / "notes.txt").write_text("mine")
+    assert study.run("--quiet", "--overwrite") == 2
+    assert "holds 'notes.txt', which ntk.squares did not" in capsys.readouterr().err
+    assert (study.folder / "notes.txt").read_text() == "mine"
+
+
+def test_an_overwritten_study_comes_back_if_nothing_comes_of_the_new(study, capsys):
+    assert study.run("--quiet") == 0
+    before = texts(study.folder)
+    STOPS.add(3)
+    assert study.run("--quiet", "--overwrite") == 130
+    assert texts(study.folder) == before
+    STOPS.clear()
+    FAILS.update((3, 4, 5))
+    assert study.run("--quiet", "--overwrite") == 1
+    assert "so the earlier study stays" in capsys.readouterr().err
+    assert texts(study.folder) == before
+    assert [f.name for f in study.folder.parent.iterdir()] == ["squares"]
+
+
+def test_a_stopped_study_leaves_no_settings_in_the_way(study):
+    STOPS.add(3)
+    assert study.run("--quiet") == 130
+    assert not study.folder.exists()
+    STOPS.clear()
+    assert study.run("--quiet", "--test-size", "5") == 0
+
+
+def test_two_at_once(study, capsys):
+    kind = FolderKind("ntk.squares", "study", NAMES)
+    with claimed(study.folder.parent, "squares", kind):
+        assert study.run("--quiet") == 2
+        assert "another process writes" in capsys.readouterr().err
+    assert study.run("--quiet") == 0
+    with claimed(study.folder.parent, "squares", kind):
+        assert study.run("--quiet", "--report-only") == 0
+
+
+def test_no_other_command_replaces_a_study(study, capsys):
+    assert study.run("--quiet") == 0
+    before = texts(study.folder)
+    output = ("--output", study.folder.parent, "--name", "squares", "--overwrite")
+    for command in (compare.main, bench.main, train.main):
+        assert exit_code(command, *output) == 2
+        assert "exists and is no earlier" in capsys.readouterr().err
+    assert texts(study.folder) == before
 
 
 def test_work_that_depends_on_first_records_follows_them(study, squares_module):

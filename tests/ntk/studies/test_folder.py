@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import psutil
 import pytest
 
 from ntk.scale.storage import StorageError
-from ntk.studies.folder import Cell, Key, Study, Unit
+from ntk.studies.command import NAMES
+from ntk.studies.folder import SEALED, Cell, Key, NoRecord, Study, Unit
+from rocoft.commands.folders import FolderKind, claimed
 
 CELL = Cell("sst2", 16, 13)
 DONE = []
@@ -93,6 +96,102 @@ def test_a_record_of_another_key_does_not_count(study):
     (folder / keys("1")[0].file).rename(folder / keys("2")[0].file)
     assert study.read(keys("2")[0]) is None
     assert study.damaged == [keys("2")[0].file]
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """A study whose records all have a digest, with one record."""
+    kind = FolderKind("ntk.evaluate", "study", NAMES)
+    with (
+        claimed(tmp_path, "sealed", kind) as place,
+        place.begun(**{SEALED: True}) as new,
+    ):
+        Study(new).begin({"model": None})
+    found = Study(tmp_path / "sealed")
+    found.run([Unit(keys("1"), squares, (10,))])
+    return found
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda record: record | {"value": 11},
+        lambda record: record | {"more": 1},
+        lambda record: {k: v for k, v in record.items() if k != "value"},
+        lambda record: {k: v for k, v in record.items() if k != "sha256"},
+        lambda record: record | {"sha256": "0" * 64},
+        lambda record: record | {"sha256": None},
+        lambda record: [record],
+    ],
+)
+def test_an_edited_record_is_made_again(sealed, edit):
+    file = sealed.folder / "records" / keys("1")[0].file
+    file.write_text(json.dumps(edit(json.loads(file.read_text()))))
+    again = Study(sealed.folder)
+    assert again.read(keys("1")[0]) is None
+    assert again.damaged == [keys("1")[0].file]
+    assert again.run([Unit(keys("1"), squares, (10,))]) == []
+    assert again.read(keys("1")[0]) == {"value": 10}
+
+
+def test_records_of_earlier_versions_have_no_digest(study):
+    study.run([Unit(keys("1"), squares, (10,))])
+    file = study.folder / "records" / keys("1")[0].file
+    record = json.loads(file.read_text())
+    del record["sha256"]
+    file.write_text(json.dumps(record))
+    assert study.read(keys("1")[0]) == {"value": 10}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
+def test_damaged_settings_are_refused_by_name(sealed, text):
+    (sealed.folder / "settings.json").write_text(text)
+    with pytest.raises(StorageError, match=r"settings.json' is damaged"):
+        Study(sealed.folder).begin({"model": None})
+
+
+def test_settings_of_a_study_without_records_are_not_in_the_way(sealed):
+    shutil.rmtree(sealed.folder / "records")
+    Study(sealed.folder).begin({"model": "other"})
+    settings = json.loads((sealed.folder / "settings.json").read_text())
+    assert settings == {"model": "other"}
+
+
+def test_settings_of_another_program_are_not_overwritten(tmp_path):
+    (tmp_path / "settings.json").write_text('{"editor.tabSize": 4}')
+    with pytest.raises(StorageError, match="begun with other settings"):
+        Study(tmp_path).begin({"model": "tiny"})
+    assert (tmp_path / "settings.json").read_text() == '{"editor.tabSize": 4}'
+
+
+@pytest.mark.parametrize("task", ["../up", "/etc", "a/../../up", "..", "a/./b"])
+def test_no_task_writes_outside_its_folder(study, task):
+    (key,) = keys("1", cell=Cell(task, 16, 13))
+    study.run([Unit((key,), squares, (10,))])
+    (file,) = (study.folder / "records").rglob("*.json")
+    assert file.resolve().is_relative_to((study.folder / "records").resolve())
+    assert study.read(key) == {"value": 10}
+    assert [f.name for f in study.folder.parent.iterdir()] == ["study"]
+
+
+def some(subjects):
+    return [NoRecord(f"{s} is zero.") if s == "0" else {"value": s} for s in subjects]
+
+
+def test_a_subject_without_a_record_leaves_the_others_theirs(study):
+    failed = study.run([Unit(keys("0", "1"), some, ())])
+    assert failed == ["sst2-16-13 kernel 0: 0 is zero."]
+    assert values(study, "0", "1") == [None, "1"]
+
+
+def test_parts_of_a_killed_process_are_removed(study):
+    study.run([Unit(keys("1"), squares, (10,))])
+    folder = study.folder / "records" / CELL.name
+    for part in (folder / ".x.json.abc.part", study.folder / ".report.md.x.part"):
+        part.write_text("half")
+    study.remove_parts()
+    assert not list(study.folder.rglob("*.part"))
+    assert values(study, "1") == [10]
 
 
 def test_names_that_look_alike_have_files_of_their_own():

@@ -51,6 +51,36 @@ def test_what_is_no_search_is_not_removed(backbone, split, tmp_path, resume):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("text", ['{"editor.tabSize": 4}', "[]", "{", '{"seed": 0}'])
+@pytest.mark.parametrize("resume", [False, True])
+def test_settings_of_another_program_are_not_removed(
+    backbone, split, tmp_path, text, resume
+):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(TrainingError, match="no earlier search: settings.json"):
+        fine_tune(backbone, split, "rows:1", lrs=[1e-2], folder=tmp_path, resume=resume)
+    assert (tmp_path / "settings.json").read_text() == text
+
+
+def test_what_someone_put_into_a_search_is_not_removed(backbone, split, tmp_path):
+    options = {"arguments": QUICK, "folder": tmp_path, "lrs": [1e-2]}
+    fine_tune(backbone, split, "rows:1", **options)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(TrainingError, match="no earlier search: notes.txt"):
+        fine_tune(backbone, split, "rows:1", **options)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("end", ["json", "safetensors"])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"dev": 1}'])
+def test_a_damaged_training_is_done_again(backbone, split, tmp_path, end, text):
+    options = {"arguments": QUICK, "folder": tmp_path, "lrs": [1e-2], "resume": True}
+    whole = fine_tune(backbone, split, "rows:1", **options)
+    (tmp_path / f"lr-0.01.{end}").write_text(text)
+    again = fine_tune(backbone, split, "rows:1", **options)
+    assert torch.equal(again.logits, whole.logits)
+
+
 def test_an_earlier_search_is_replaced_unless_it_is_resumed(backbone, split, tmp_path):
     options = {"arguments": QUICK, "folder": tmp_path}
     fine_tune(backbone, split, "rows:1", lrs=[1e-2], **options)

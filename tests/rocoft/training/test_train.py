@@ -86,7 +86,7 @@ def test_a_run_leaves_an_adapter_a_record_and_predictions(asked, place, capsys):
     assert run(*asked, *QUICK, "--lr", "1e-2", "3e-2", "--rows", 2, "--name", "a") == 0
     folder = asked[-1] / "a"
     names = {"adapter", "config.yaml", "predictions.safetensors", "results.json"}
-    assert {p.name for p in folder.iterdir()} == names
+    assert {p.name for p in folder.iterdir()} == {*names, ".written-by.json"}
     assert {f.name for f in folder.rglob("*") if not f.stat().st_mode & 0o044} == set()
     record = json.loads((folder / "results.json").read_text())
     rates = [r["learning_rate"] for r in record["learning_rates"]]

@@ -79,7 +79,7 @@ def test_the_command(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "full over its bound" in printed
     assert {p.name for p in (tmp_path / "bench").iterdir()} == {
-        *("bench.json", "bench.svg", "bench.png")
+        *("bench.json", "bench.svg", "bench.png", ".written-by.json")
     }
     record = json.loads((tmp_path / "bench" / "bench.json").read_text())
     assert [cost["examples"] for cost in record["costs"]] == [2, 3]

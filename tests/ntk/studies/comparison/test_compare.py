@@ -88,7 +88,7 @@ def again(monkeypatch, result):
 
 def test_files(result):
     names = {p.name for p in result.folder.iterdir()}
-    expected = ["figures", "kernels.safetensors"]
+    expected = ["figures", "kernels.safetensors", ".written-by.json"]
     assert names == {*expected, "report.html", "report.json", "report.md"}
     assert {p.name for p in result.folder.parent.iterdir()} == {"first", ".cache"}
     kept = list((result.folder.parent / ".cache").glob("*.safetensors"))
@@ -178,13 +178,18 @@ def test_quiet(again, tmp_path, capsys):
 def test_an_earlier_result_is_replaced_if_asked(again, tmp_path, capsys):
     options = (*TINY, "--quiet", "--output", tmp_path, "--name", "same")
     assert run(*options) == 0
-    (tmp_path / "same" / "old").touch()
+    first = (tmp_path / "same").stat().st_ino
     assert run(*options) == 2
     assert "holds an earlier result" in capsys.readouterr().err
-    assert (tmp_path / "same" / "old").exists()
+    (tmp_path / "same" / "notes.txt").write_text("mine")
+    assert run(*options, "--overwrite") == 2
+    assert "holds 'notes.txt', which ntk.compare did not" in capsys.readouterr().err
+    assert (tmp_path / "same" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "same").stat().st_ino == first
+    (tmp_path / "same" / "notes.txt").unlink()
     assert run(*options, "--overwrite") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["same"]
-    assert not (tmp_path / "same" / "old").exists()
+    assert (tmp_path / "same").stat().st_ino != first
 
 
 def test_flags_win_over_the_configuration(again, tmp_path, capsys):
@@ -344,7 +349,7 @@ def test_output_below_a_file(capsys, tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         error = fails(capsys, output)
-        assert "cannot be written to. Choose another folder with --output" in error
+        assert "cannot be written to: Not a directory. Choose another" in error
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

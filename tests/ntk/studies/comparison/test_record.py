@@ -18,7 +18,7 @@ from ntk.scale.run import kernels
 from ntk.spaces.kinds import Bias, Columns, Full, Head, LoRA, Rows
 from ntk.studies.comparison.findings import summary_lines
 from ntk.studies.comparison.record import evaluate
-from ntk.studies.comparison.report import write_report
+from ntk.studies.comparison.report import rows, write_report
 from ntk.studies.comparison.subject import Comparison
 from rocoft.models.architecture import Architecture
 from rocoft.models.backbone import load_backbone
@@ -245,6 +245,38 @@ def test_own_head_is_in_the_full_kernel_alone(tmp_path):
     for name in expected:
         assert_close(evaluation.kernels[name], expected[name], of=name)
     assert entries(evaluation)["rows:2"]["name"] == "rows:2"
+
+
+def test_a_zero_kernel_is_a_dash_and_not_the_end(tmp_path):
+    folder, model = checkpoint(tmp_path, "BertForSequenceClassification")
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.save_pretrained(folder)
+    evaluation = evaluated(load(folder), SPLIT, [Rows(2)])
+    zero, full = (entries(evaluation)[name] for name in ("rows:2", "full"))
+    assert not evaluation.kernels["rows:2"].any()
+    assert zero["zero"]
+    assert zero["distance"] is zero["spectrum"] is zero["alignment"] is None
+    assert set(zero["classifiers"].values()) == {None}
+    assert full["classifiers"]["ridge"]["accuracy"] >= 0
+    (row,) = [row for row in rows(evaluation.record)[1] if row.label == "rows:2"]
+    cells = {title: value for title, (value, _) in row.cells.items()}
+    assert {v for t, v in cells.items() if t not in {"parameters", "%"}} == {"–"}
+    lines = summary_lines(evaluation.record)
+    assert any("is zero: the outputs depend on none of them" in line for line in lines)
+
+
+def test_a_zero_full_kernel_leaves_nothing_to_compare(folder, monkeypatch):
+    computed = kernels
+
+    def zeros(work, **options):
+        found = computed(work, **options)
+        for kernel in found.result.kernels.values():
+            kernel.zero_()
+        return found
+
+    monkeypatch.setitem(evaluated.__globals__, "kernels", zeros)
+    with pytest.raises(ValueError, match="over all parameters is zero"):
+        evaluated(load(folder), SPLIT, [Rows(2)])
 
 
 @pytest.mark.parametrize(
