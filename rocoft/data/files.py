@@ -311,8 +311,12 @@ def _table_rows(text: str, path: Path, *, tabs: bool) -> Iterator[Row]:
 
 
 def _remembered(text: str, lines: list[str]) -> Iterator[str]:
-    r"""Yield the lines of a text, which end in \n, \r or both, and remember them."""
-    for line in io.StringIO(text, newline=""):
+    r"""Yield the lines of a text and remember them.
+
+    Lines end in \n, or in \r if there is no other end. A \r inside a line is then an
+    error of the reader: some writers leave it without quotes.
+    """
+    for line in io.StringIO(text, newline="\n" if "\n" in text else ""):
         lines.append(line)
         yield line
 
@@ -390,9 +394,10 @@ def _parsed(text: str, where: str) -> Any:
         raise TaskError(f"{where} is nested too deeply to be read.") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if "\n" in text.rstrip() else ""
+        near = shown(text[max(error.pos - 10, 0) : error.pos + 20])
         raise TaskError(
             f"{where} is not JSON, or was cut short: {error.msg} ({place}column "
-            f"{error.colno}, at {shown(text[max(error.pos - 10, 0) : error.pos + 20])})."
+            f"{error.colno}, at {near})."
         ) from None
     except ValueError as error:
         # Numbers of more digits than Python reads.

@@ -299,8 +299,8 @@ def _completion(row: Row) -> Completion:
         return Completion(prompt, tuple(choices))
     if len({choice.strip() for choice in choices}) < len(choices):
         raise TaskError(
-            f"{where} has 'choices', {shown(choices)}, of which two are equal, or differ "
-            "only by blanks around them. Give each once."
+            f"{where} has 'choices', {shown(choices)}, of which two are equal "
+            "or differ only by blanks around them. Give each once."
         )
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise TaskError(
