@@ -93,7 +93,7 @@ class Row:
                 "text, or leave the row out."
             )
         text = str(value)
-        check_characters(text, f"{self.where} has {shown(value)} as {column!r}")
+        check_characters(text, self.where, column)
         return text if text.strip() else None
 
 
@@ -126,12 +126,13 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def check_characters(text: str, where: str) -> None:
+def check_characters(text: str, where: str, column: str) -> None:
     r"""Refuse a text with half of a surrogate pair, which UTF-8 cannot hold.
 
     Args:
         text: The text.
-        where: The begin of the error: the row with the value.
+        where: Its row in the error.
+        column: Its column.
 
     Raises:
         TaskError: If there is one, as ``"\ud83d"`` in JSON.
@@ -140,8 +141,9 @@ def check_characters(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise TaskError(
-            f"{where}: {text[error.start]!a} at character {error.start + 1} is half of "
-            "a surrogate pair, which is no character. Write the text anew."
+            f"{where} has {shown(text)} as {column!r}: {text[error.start]!a}, its "
+            f"character {error.start + 1}, is half of a surrogate pair, which is no "
+            "character. Write the text anew."
         ) from None
 
 

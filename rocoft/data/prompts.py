@@ -293,8 +293,9 @@ def _completion(row: Row) -> Completion:
             f"{where} has neither a text as 'completion' nor two or more as 'choices', "
             f"but {shown(completion)} and {shown(given)}."
         )
-    for text in (prompt, *choices):
-        check_characters(text, f"{where} has {shown(text)}")
+    check_characters(prompt, where, "prompt")
+    for text in choices:
+        check_characters(text, where, "completion" if one else "choices")
     if one:
         return Completion(prompt, tuple(choices))
     if len({choice.strip() for choice in choices}) < len(choices):
