@@ -1,13 +1,13 @@
 """Prompts and completions, the examples for fine-tuning language models.
 
 A file has one JSON object per line: ``{"prompt", "completion"}``, or
-``{"prompt", "choices": [...], "answer": i}`` for multiple choice. Only the completion
-is learnt. Choices are compared by the mean log-likelihood of their tokens, so that long
-ones have no disadvantage.
+``{"prompt", "choices": [...], "answer": i}`` for multiple choice; the other kinds of
+`rocoft.data.files` have columns of these names. Only the completion is learnt. Choices
+are compared by the mean log-likelihood of their tokens, so that long ones have no
+disadvantage.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rocoft.data.files import Row, base_name, check_characters, read_rows, shown
 from rocoft.data.templates import TaskError
 
 IGNORED = -100
@@ -70,43 +71,43 @@ class Completions:
 
 
 def has_prompts(path: Path) -> bool:
-    """Return whether a file's first line has a prompt."""
-    if path.suffix not in {".jsonl", ".json"} or not path.is_file():
+    """Return whether a file's first row has a prompt, and no text with a label.
+
+    Args:
+        path: The file; one that cannot be read has none.
+    """
+    try:
+        first = next(read_rows(path), None)
+    except TaskError:
+        # Whoever reads the file says what is wrong with it.
         return False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        try:
-            return "prompt" in json.loads(file.readline())
-        except (ValueError, TypeError):
-            return False
+    columns = set() if first is None else {*first.values}
+    labelled = "label" in columns and not columns.isdisjoint({"text", "text_a"})
+    return "prompt" in columns and not labelled
 
 
 def read_completions(path: Path) -> tuple[Completion, ...]:
     """Read prompts with completions or choices.
 
     Args:
-        path: ``.jsonl`` file in this module's format, in UTF-8.
+        path: File in this module's format.
 
     Returns:
         The examples.
 
     Raises:
-        TaskError: If the file cannot be read, or a line has another format.
+        TaskError: If the file cannot be read, or a row has another format.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"file {str(path)!r} cannot be read: {error}.") from None
-    examples = tuple(
-        _completion(line, f"line {number} of {str(path)!r}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    )
-    if not examples:
+    rows = list(read_rows(path))
+    if not rows:
         raise TaskError(f"file {str(path)!r} holds no examples.")
-    if len({len(example.choices) > 1 for example in examples}) > 1:
+    examples = tuple(map(_completion, rows))
+    kinds = [len(example.choices) > 1 for example in examples]
+    if len({*kinds}) > 1:
+        other = kinds.index(not kinds[0])
         raise TaskError(
-            f"file {str(path)!r} mixes completions and choices. Give a file with one "
-            "kind."
+            f"file {str(path)!r} mixes completions and choices: {rows[0].where} and "
+            f"{rows[other].where} differ. Give a file with one kind."
         )
     return examples
 
@@ -137,7 +138,7 @@ def split_completions(
             f"the {len(examples)} examples of {str(path)!r} cannot be split: {error}"
         ) from None
     parts = (tuple(train), tuple(dev), tuple(test[:test_size]))
-    return Completions(path.stem, *parts, seed, str(path))
+    return Completions(base_name(path), *parts, seed, str(path))
 
 
 def encode_completion(
@@ -269,25 +270,42 @@ def generated(
     return texts
 
 
-def _completion(line: str, where: str) -> Completion:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where} is not JSON: {error.msg}.") from None
-    if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str):
-        raise TaskError(f"{where} has no text as 'prompt'.")
-    prompt = row["prompt"]
-    if isinstance(row.get("completion"), str) and row["completion"]:
-        return Completion(prompt, (row["completion"],))
-    given, answer = row.get("choices"), row.get("answer")
-    choices = given if isinstance(given, list) else []
-    if len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+def _completion(row: Row) -> Completion:
+    values, where = row.values, row.where
+    prompt, completion = values.get("prompt"), values.get("completion")
+    given, answer = values.get("choices"), values.get("answer")
+    if not isinstance(prompt, str):
         raise TaskError(
-            f"{where} has neither a text as 'completion' nor two or more as 'choices'."
+            f"{where} has no text as 'prompt'; this one has "
+            f"{', '.join(map(shown, values)) or 'nothing'}."
+        )
+    if completion and given:
+        raise TaskError(
+            f"{where} has the 'completion' {shown(completion)} beside 'choices', "
+            f"{shown(given)}. Give one of them."
+        )
+    one = isinstance(completion, str) and bool(completion)
+    choices: list[Any] = [completion] if one else given if type(given) is list else []
+    if not (one or len(choices) > 1) or not all(
+        isinstance(choice, str) and choice for choice in choices
+    ):
+        raise TaskError(
+            f"{where} has neither a text as 'completion' nor two or more as 'choices', "
+            f"but {shown(completion)} and {shown(given)}."
+        )
+    check_characters(prompt, where, "prompt")
+    for text in choices:
+        check_characters(text, where, "completion" if one else "choices")
+    if one:
+        return Completion(prompt, tuple(choices))
+    if len({choice.strip() for choice in choices}) < len(choices):
+        raise TaskError(
+            f"{where} has 'choices', {shown(choices)}, of which two are equal "
+            "or differ only by blanks around them. Give each once."
         )
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise TaskError(
-            f"{where} has answer={answer!r}, which is no number of a choice, 0 to "
+            f"{where} has answer={shown(answer)}, which is no number of a choice, 0 to "
             f"{len(choices) - 1}."
         )
     return Completion(prompt, tuple(choices), answer)

@@ -4,22 +4,26 @@ A task consists of labelled texts or pairs of texts, the names of its labels and
 language models, a prompt (`rocoft.data.templates`).
 """
 
-import csv
-import io
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from rocoft.data.files import (
+    KINDS,
+    PACKED,
+    Row,
+    base_name,
+    parse_json,
+    read_rows,
+    read_text,
+    shown,
+)
+from rocoft.data.labels import SCORE, SCORES, check_classes, classes_of, score_of
 from rocoft.data.templates import PROMPTS, Prompt, TaskError
 
 DEFAULT_TASK = "reviews"
-TABLES = (".csv", ".tsv")
-SCORE = "score"
-"""Label name of a regression."""
 LMBFF_FILE = "lmbff16.json"
 """File in a task's folder with the rows of LM-BFF's published splits."""
 LMBFF_SHOTS = 16
@@ -99,8 +103,9 @@ def load_task(
     Args:
         name: ``"reviews"``, which is part of the package, or one of `HUB`; with
             ``data_dir`` the name of a folder in it.
-        data_dir: Folder with ``NAME/train.jsonl`` and ``NAME/test.jsonl``; None means
-            the Hub, except for ``"reviews"``.
+        data_dir: Folder with ``NAME/train.jsonl`` and ``NAME/test.jsonl``, or with
+            files of another kind of `rocoft.data.files`; None means the Hub, except
+            for ``"reviews"``.
         regression: Whether labels may be real numbers; otherwise they are refused.
 
     Returns:
@@ -112,8 +117,10 @@ def load_task(
     hub = HUB | SCORED_HUB if regression else HUB
     if data_dir is not None:
         folder = data_dir / name
-        if not (folder / "train.jsonl").is_file():
-            known = sorted(p.parent.name for p in data_dir.glob("*/train.jsonl"))
+        if _part(folder, "train") is None:
+            known = sorted(
+                path.name for path in data_dir.glob("*/") if _part(path, "train")
+            )
             raise TaskError(
                 f"task {name!r} is not in data_dir={str(data_dir)!r}, which holds "
                 f"{', '.join(known) or 'no folder with a train.jsonl'}."
@@ -134,22 +141,35 @@ def load_task(
 def load_file(
     path: Path, prompt: Prompt | None = None, *, regression: bool = False
 ) -> Task:
-    """Load a task from a single file.
+    r"""Load a task from a single file.
 
     Args:
-        path: ``.jsonl``, ``.csv`` or ``.tsv`` file with the columns ``text`` (or
-            ``text_a`` and ``text_b``) and ``label``, in UTF-8.
+        path: ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file with the
+            columns ``text`` (or ``text_a`` and ``text_b``) and ``label``, and
+            ``label_name`` if labels have names; see `rocoft.data.files`.
         prompt: The prompt for language models.
-        regression: Whether labels may be real numbers; otherwise they are refused. In
-            ``.csv`` and ``.tsv``, labels are real if one of them is no integer.
+        regression: Whether labels may be real numbers; otherwise they are refused.
+            They are real if one of them is no integer, see `rocoft.data.labels`.
 
     Returns:
         The task, without separate test examples.
+
+    Raises:
+        TaskError: If the file cannot be read, or a row, label or name in it is
+            malformed or in doubt.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "own.csv"
+    ...     _ = path.write_text('label,text\npos,"good, really"\nneg,bad\n')
+    ...     task = load_file(path)
+    >>> task.labels, task.train[0]
+    (('neg', 'pos'), Example(a='good, really', b=None, label=1))
     """
-    rows = _rows(path)
-    classes = _classes(rows, path, regression)
+    rows, classes = _labelled(path, regression)
     examples = _examples(rows, classes, path)
-    return Task(path.stem, tuple(classes.values()), examples, (), prompt, str(path))
+    name, labels = base_name(path), tuple(classes.values())
+    return Task(name, labels, examples, (), prompt, str(path))
 
 
 def with_prompt(task: Task, template: str | None, words: Sequence[str]) -> Task:
@@ -187,13 +207,13 @@ def with_prompt(task: Task, template: str | None, words: Sequence[str]) -> Task:
 
 
 def _from_folder(name: str, folder: Path, source: str, regression: bool) -> Task:
-    train_file, test_file = folder / "train.jsonl", folder / "test.jsonl"
-    rows = _rows(train_file)
-    classes = _classes(rows, train_file, regression)
+    train_file, test_file = _part(folder, "train"), _part(folder, "test")
+    assert train_file is not None
+    rows, classes = _labelled(train_file, regression)
     train = _examples(rows, classes, train_file)
     test: tuple[Example, ...] = ()
-    if test_file.is_file():
-        test = _examples(_rows(test_file), classes, test_file)
+    if test_file is not None:
+        test = _examples(list(read_rows(test_file)), classes, test_file)
     labels = tuple(classes.values())
     task = Task(name, labels, train, test, PROMPTS.get(name), source)
     if (folder / LMBFF_FILE).is_file():
@@ -201,15 +221,33 @@ def _from_folder(name: str, folder: Path, source: str, regression: bool) -> Task
     return task
 
 
+def _part(folder: Path, part: str) -> Path | None:
+    """Return the one file of a part of a task, ``"train"`` or ``"test"``."""
+    endings = [kind + packed for kind in KINDS for packed in ("", PACKED)]
+    endings.remove(f".parquet{PACKED}")
+    files = [path for x in endings if (path := folder / f"{part}{x}").is_file()]
+    if len(files) > 1:
+        raise TaskError(
+            f"folder {str(folder)!r} has {', '.join(repr(f.name) for f in files)}. "
+            "Leave one of them."
+        )
+    return files[0] if files else None
+
+
+def _labelled(path: Path, regression: bool) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows of a training file and their classes."""
+    rows = list(read_rows(path))
+    _text_columns(rows, path)
+    return rows, classes_of(rows, path, regression=regression)
+
+
 def _published(task: Task, path: Path) -> dict[int, FewShotRows]:
     """Read the rows of published splits, ``{"13": {"train": [...], "dev": [...]}}``."""
     advice = "Get the whole file, or remove it: splits are then drawn by LM-BFF's rule."
     try:
-        seeds = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise TaskError(
-            f"file {str(path)!r} is not JSON, or was cut short: {error}. {advice}"
-        ) from None
+        seeds = parse_json(read_text(path), f"file {str(path)!r}")
+    except TaskError as error:
+        raise TaskError(f"{error} {advice}") from None
     if not isinstance(seeds, dict) or not seeds or not all(map(str.isdecimal, seeds)):
         raise TaskError(
             f"file {str(path)!r} is not a JSON object that gives the rows of each "
@@ -275,136 +313,50 @@ def _from_hub(
 
 
 def _examples(
-    rows: Sequence[Mapping[str, Any]], classes: Mapping[str, str], path: Path
+    rows: Sequence[Row], classes: Mapping[str, str], path: Path
 ) -> tuple[Example, ...]:
     """Return labelled texts; labels are indices in the order of the classes."""
-    _check_columns(rows, path)
-    numbers: dict[str, int | float]
-    numbers = {value: number for number, value in enumerate(classes)}
-    if classes == {SCORE: SCORE}:
-        numbers = {str(row["label"]): _score(row["label"], path) for row in rows}
-    unknown = sorted({str(row["label"]) for row in rows} - numbers.keys())
-    if unknown:
-        raise TaskError(
-            f"file {str(path)!r} has labels {', '.join(unknown)}, but the training "
-            f"examples have only {', '.join(classes)}."
-        )
-    pair = "text_a" in rows[0]
+    pair = len(_text_columns(rows, path)) > 1
+    label: Callable[[Row], int | float]
+    if classes == SCORES:
+        label = score_of
+    else:
+        check_classes(rows, classes, path)
+        numbers = {value: number for number, value in enumerate(classes)}
+        label = lambda row: numbers[row.text("label") or ""]
     return tuple(
         Example(
-            str(row["text_a" if pair else "text"]),
-            str(row["text_b"]) if pair else None,
-            numbers[str(row["label"])],
+            row.text("text_a" if pair else "text") or "",
+            row.text("text_b") if pair else None,
+            label(row),
         )
         for row in rows
     )
 
 
-def _check_columns(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def _text_columns(rows: Sequence[Row], path: Path) -> tuple[str, ...]:
+    """Return the columns of the texts, which each row must have, and a label."""
     if not rows:
         raise TaskError(f"file {str(path)!r} holds no examples.")
-    needed = ("text_a", "text_b") if "text_a" in rows[0] else ("text",)
-    for number, row in enumerate(rows, start=1):
-        for column in (*needed, "label"):
-            if row.get(column) in (None, ""):
+    names = ("text", "text_a", "text_b")
+    given = {name for name in names if rows[0].text(name) is not None}
+    columns = ("text",) if "text" in given or not given else ("text_a", "text_b")
+    for row in rows:
+        for column in (*columns, "label"):
+            if row.text(column) is None:
                 raise TaskError(
-                    f"example {number} of {str(path)!r} has no {column!r}. Each "
-                    "example needs 'text' (or 'text_a' and 'text_b') and 'label'; this "
-                    f"one has {', '.join(map(repr, row)) or 'nothing'}."
+                    f"{row.where} has no {column!r}. Each example needs 'text' (or "
+                    "'text_a' and 'text_b') and 'label'; this one has "
+                    f"{', '.join(map(shown, row.values)) or 'nothing'}."
                 )
-
-
-def _rows(path: Path) -> list[Mapping[str, Any]]:
-    kind = path.suffix.lower()
-    if kind not in {".jsonl", ".json", *TABLES}:
-        raise TaskError(
-            f"file {str(path)!r} must end in .jsonl, .csv or .tsv, not {kind!r}."
-        )
-    text = _text(path)
-    if kind in TABLES:
-        lines = io.StringIO(text, newline="")
-        return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
-    return list(_json_rows(text, path))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise TaskError(f"file {str(path)!r} does not exist.") from None
-    except OSError as error:
-        raise TaskError(
-            f"file {str(path)!r} cannot be read: {error.strerror}."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise TaskError(
-            f"file {str(path)!r} is not UTF-8: byte {error.object[error.start]:#04x} "
-            f"at position {error.start}. Save it as UTF-8."
-        ) from None
-
-
-def _json_rows(text: str, path: Path) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(
-                f"line {number} of {str(path)!r} is not JSON: {error.msg}."
-            ) from None
-        if not isinstance(row, dict):
-            raise TaskError(f"line {number} of {str(path)!r} is not a JSON object.")
-        yield row
-
-
-def _score(label: object, path: Path) -> float:
-    try:
-        score = float(str(label))
-    except ValueError:
-        score = math.nan
-    if not math.isfinite(score):
-        raise TaskError(
-            f"file {str(path)!r} has the label {label!r} beside real numbers. All "
-            "labels of a regression must be finite numbers."
-        )
-    return score
-
-
-def _is_real(label: object, table: bool) -> bool:
-    """Whether a label is a real number, not the integer of a class."""
-    if not table:
-        return isinstance(label, float)
-    # All values of a table are texts.
-    try:
-        number = float(str(label))
-    except ValueError:
-        return False
-    return math.isfinite(number) and not number.is_integer()
-
-
-def _classes(
-    rows: Sequence[Mapping[str, Any]], path: Path, regression: bool = False
-) -> dict[str, str]:
-    """Return the names of the labels by value, sorted as integers or as text."""
-    _check_columns(rows, path)
-    table = path.suffix.lower() in TABLES
-    real = [row["label"] for row in rows if _is_real(row["label"], table)]
-    if real and regression:
-        return {SCORE: SCORE}
-    if real:
-        raise TaskError(
-            f"file {str(path)!r} has labels that are no classes, such as "
-            f"{real[0]}. Regression is not supported."
-        )
-    names = {str(r["label"]): str(r.get("label_name") or r["label"]) for r in rows}
-    if len(names) < 2:
-        raise TaskError(
-            f"file {str(path)!r} has one class only, {next(iter(names))!r}. A "
-            "classifier needs at least two."
-        )
-    order = sorted(names, key=int if all(v.isdigit() for v in names) else str)
-    return {value: names[value] for value in order}
+        for column in {*names} - {*columns}:
+            if (value := row.text(column)) is not None:
+                raise TaskError(
+                    f"{row.where} has {shown(value)} as {column!r} beside "
+                    f"{columns[0]!r}. Give either 'text', or 'text_a' and 'text_b', "
+                    "the same in all rows."
+                )
+    return columns
 
 
 def _first_line(error: BaseException) -> str:

@@ -48,6 +48,7 @@ from rocoft.models.offloaded import keep_on_host
 from rocoft.models.pretrained import (
     BackboneError,
     check_device,
+    check_words,
     is_mean_pooled,
     language_model,
     load_pretrained,
@@ -145,7 +146,7 @@ class Backbone:
 
     def _text(self, example: Example) -> tuple[str, ...]:
         if self.readout == "head":
-            return (example.a,) if example.b is None else (example.a, example.b)
+            return _texts(example)
         return (self._fill(example.a, example.b or ""),)
 
     def _fill(self, a: str, b: str) -> str:
@@ -233,6 +234,7 @@ def load_backbone(
     path, name = place.path, place.name
     config = load_pretrained(AutoConfig, path, name)
     tokenizer = load_pretrained(AutoTokenizer, path, name)
+    check_words(tokenizer, map(_texts, [*split.train, *split.test]), name)
     prompt = split.task.prompt
     readout = readout or _default_readout(config, prompt)
     if readout != "head" and prompt is None:
@@ -395,6 +397,10 @@ def _depends(module: Any, changed: slice, read: slice | None = None) -> bool:
     # But for sums in another order, as on some GPUs.
     eps = torch.finfo(table.dtype if table.is_floating_point() else torch.float32).eps
     return bool(difference > 2 * eps * outputs[0].abs().max())
+
+
+def _texts(example: Example) -> tuple[str, ...]:
+    return (example.a,) if example.b is None else (example.a, example.b)
 
 
 def _default_readout(config: Any, prompt: Prompt | None) -> Readout:

@@ -3,16 +3,19 @@
 A checkpoint names its outputs in its configuration's ``id2label``; one trained on
 ``negative, positive`` and one on ``positive, negative`` differ in the order of their
 outputs. Names are compared without case and punctuation, and with these synonyms:
-`SYNONYMS`. Numbers (``LABEL_0``, ``class 1``, ``2``) are no names.
+`SYNONYMS`. Numbers (``LABEL_0``, ``class 1``, ``2``) name no label but a number.
 
 =======================================  =======================================
 names                                    outputs
 =======================================  =======================================
 every label has its name                 in the order of the task, by name
+numbers, those of labels that are such   in the order of the task, by number
 some do, each at its label's place       as in the checkpoint, with a note
 some do, at another label's place        refused: any order would be a guess
 none does                                as in the checkpoint, with a note
-the checkpoint has numbers               as in the checkpoint
+other numbers, in ascending order        as in the checkpoint
+other numbers, in no order               as other names, see above
+the labels are no numbers                as in the checkpoint
 =======================================  =======================================
 """
 
@@ -42,7 +45,8 @@ SYNONYMS = (
 """Names with the same meaning: abbreviations and spellings that checkpoints use."""
 
 _STANDARD = {name: group[0] for group in SYNONYMS for name in group}
-_NUMBER = re.compile(r"(label|class)? ?\d+")
+_NUMBER = re.compile(r"(?:label|class)? ?(\d{1,300})")
+_SIGNED = re.compile(r"[+-]?\d{1,300}(?:\.0)?")
 
 
 def name_outputs(module: Any, labels: Sequence[str]) -> list[str]:
@@ -77,9 +81,17 @@ def name_outputs(module: Any, labels: Sequence[str]) -> list[str]:
     found: Mapping[int, str] = getattr(module.config, "id2label", None) or {}
     own = [str(found.get(i, i)) for i in range(len(labels))]
     meant, asked = list(map(_meaning, own)), list(map(_meaning, labels))
-    if len(labels) < 2 or all(map(_NUMBER.fullmatch, meant)):
+    if len(labels) < 2:
         return []
     lists = f"({', '.join(own)}) {{}} ({', '.join(labels)})"
+    numbers, wanted = _numbers(own), _numbers(labels)
+    if numbers and wanted:
+        if sorted(numbers) != sorted(wanted) and numbers == sorted({*numbers}):
+            # Counted from another begin: LABEL_0, LABEL_1 for 1, 2.
+            return []
+        meant, asked = list(map(str, numbers)), list(map(str, wanted))
+    elif numbers:
+        return []
     if sorted(meant) == sorted(asked) and len(set(asked)) == len(asked):
         order = [meant.index(name) for name in asked]
         if order == sorted(order):
@@ -106,6 +118,19 @@ def name_outputs(module: Any, labels: Sequence[str]) -> list[str]:
 def _meaning(name: str) -> str:
     words = " ".join(re.findall(r"\w+", name.casefold().replace("_", " ")))
     return _STANDARD.get(words, words)
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Return the numbers that names are; empty if one is none."""
+    found = []
+    for name in names:
+        if _SIGNED.fullmatch(name.strip()):
+            found.append(int(name.partition(".")[0]))
+        elif number := _NUMBER.fullmatch(_meaning(name)):
+            found.append(int(number[1]))
+        else:
+            return []
+    return found
 
 
 def _permute(module: Any, order: Sequence[int], labels: Sequence[str]) -> None:

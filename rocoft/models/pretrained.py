@@ -6,7 +6,7 @@ Only this file downloads models.
 import json
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from rocoft.commands import Bits
 from rocoft.models.architecture import Architecture
 from rocoft.models.readouts import MeanPooled
+
+_SPACES = "\u2581\u0120 "
+"""Marks of a space before a word in SentencePiece and in byte-level vocabularies."""
 
 
 class BackboneError(ValueError):
@@ -46,7 +50,12 @@ def first_line(error: Exception) -> str:
 def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
     """Call `from_pretrained` and report failures in one sentence.
 
+    <<<<<<< HEAD
     Code that comes with a model is never run.
+    =======
+    A tokenizer without a vocabulary is a failure: transformers makes one of a model's
+    kind, which knows no word, where a folder has no files of a tokenizer.
+    >>>>>>> data-18
 
     Args:
         kind: One of transformers' Auto classes.
@@ -58,12 +67,12 @@ def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
         The result of `from_pretrained`.
 
     Raises:
-        BackboneError: If it cannot be loaded.
+        BackboneError: If it cannot be loaded, or is a tokenizer without words.
     """
     local = os.path.isdir(path) or not _hub_is_known()
     try:
         # Not None, the default, which asks the user and waits for an answer.
-        return kind.from_pretrained(
+        loaded = kind.from_pretrained(
             path, local_files_only=local, trust_remote_code=False, **options
         )
     except Exception as error:
@@ -83,6 +92,54 @@ def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
             "and the network, give a local folder, or leave --model out to use the "
             "embedded MiniLM."
         ) from error
+    if isinstance(loaded, PreTrainedTokenizerBase) and not _has_words(loaded):
+        raise BackboneError(
+            f"the tokenizer of model {name!r} knows no word, only its "
+            f"{len(loaded.get_vocab())} special tokens, so that the model could not "
+            "tell texts apart. Put the files of its tokenizer, such as tokenizer.json "
+            "or vocab.txt, beside its weights."
+        )
+    return loaded
+
+
+def check_words(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Sequence[str]], name: str
+) -> None:
+    """Refuse a tokenizer that knows no token of any of the texts.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        texts: Texts of examples, one or two of each.
+        name: Name of the model in errors.
+
+    Raises:
+        BackboneError: If all texts are made of unknown tokens.
+    """
+    examples = list(texts)
+    for example in examples:
+        for text in example:
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if _speaks(tokenizer, tokenizer.convert_ids_to_tokens(tokens)):
+                return
+    if examples:
+        raise BackboneError(
+            f"the tokenizer of model {name!r} knows no token of the "
+            f"{len(examples)} examples: all are {tokenizer.unk_token!r} or special, so "
+            "that the model cannot tell them apart. Check that the tokenizer is that "
+            "of the model, and the language of the examples."
+        )
+
+
+def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a vocabulary holds more than added tokens and marks of a space."""
+    added = tokenizer.get_added_vocab()
+    return _speaks(tokenizer, (x for x in tokenizer.get_vocab() if x not in added))
+
+
+def _speaks(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> bool:
+    """Whether one of the tokens is part of a text: neither special nor a space."""
+    special = {*tokenizer.all_special_tokens}
+    return any(x not in special and bool(x.strip(_SPACES)) for x in tokens)
 
 
 def weight_options(

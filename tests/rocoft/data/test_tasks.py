@@ -26,6 +26,7 @@ ROWS = [
     {"text": "naïve but charming", "label": "good"},
     {"text": "what a bore", "label": "bad"},
 ]
+NO_QUOTES = {"quoting": csv.QUOTE_NONE, "quotechar": None}
 
 
 def jsonl(path, rows):
@@ -34,9 +35,9 @@ def jsonl(path, rows):
     return path
 
 
-def table(path, rows, delimiter=","):
+def table(path, rows, delimiter=",", **options):
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, **options)
         writer.writeheader()
         writer.writerows(rows)
     return path
@@ -73,7 +74,9 @@ def test_formats_are_equal(tmp_path):
     files = (
         jsonl(tmp_path / "same.jsonl", ROWS),
         table(tmp_path / "same.csv", ROWS),
-        table(tmp_path / "same.tsv", ROWS, "\t"),
+        table(
+            tmp_path / "same.tsv", ROWS, "\t", quoting=csv.QUOTE_NONE, quotechar=None
+        ),
     )
     tasks = [load_file(file) for file in files]
     assert tasks[0].labels == ("bad", "good")

@@ -313,6 +313,43 @@ def test_folder_that_is_no_model(tmp_path):
         load_backbone(str(tmp_path), reviews())
 
 
+@pytest.mark.parametrize(
+    "kind", ["Bert", "DebertaV2", "GPT2", "Roberta", "T5", "XLMRoberta", "Qwen2"]
+)
+def test_folder_without_a_tokenizer(tmp_path, kind):
+    """transformers makes tokenizers of special tokens only, or of a space besides."""
+    getattr(tf, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="tokenizer of model .* knows no word"):
+        pretrained.load_pretrained(tf.AutoTokenizer, str(tmp_path), str(tmp_path))
+
+
+def test_tokenizer_is_taken_away(tmp_path):
+    folder, _ = checkpoint(tmp_path, "BertForSequenceClassification")
+    split = split_of("the film was fine", "the play was dull")
+    load_backbone(folder, split)
+    for file in [*tmp_path.glob("token*"), *tmp_path.glob("vocab*")]:
+        file.unlink()
+    with pytest.raises(BackboneError, match=r"5 special tokens.*tokenizer.json"):
+        load_backbone(folder, split)
+
+
+def test_examples_of_unknown_tokens_only_are_refused(body):
+    foreign = [f"\u043e\u0447\u0435\u043d\u044c {i}" for i in range(4)]
+    with pytest.raises(BackboneError, match=r"no token of the 4 examples: .*UNK"):
+        load_backbone(body, split_of(*foreign))
+    load_backbone(body, split_of(*foreign, "the film was fun"))
+
+
+@pytest.mark.parametrize("kind", ["ByT5", "Canine"])
+def test_tokenizers_of_characters_need_no_files(tmp_path, kind):
+    tokenizer = getattr(tf, f"{kind}Tokenizer")()
+    tokenizer.save_pretrained(tmp_path)
+    found = pretrained.load_pretrained(
+        getattr(tf, f"{kind}Tokenizer"), str(tmp_path), kind
+    )
+    assert found("fun")["input_ids"] == tokenizer("fun")["input_ids"]
+
+
 def test_checkpoint_that_lacks_weights_of_the_body(body):
     file = Path(body) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 3}))

@@ -56,6 +56,13 @@ def plain(model, backbone, examples):
         ),
         (("LABEL_0", "LABEL_1"), TASK, (0, 1)),
         (("1", "0"), TASK, (0, 1)),
+        (("1", "0"), ("0", "1"), (1, 0)),
+        (("LABEL_1", "LABEL_0"), ("0", "1"), (1, 0)),
+        (("2", "0", "1"), ("0", "1", "2"), (1, 2, 0)),
+        (("1.0", "-1.0"), ("-1", "1"), (1, 0)),
+        (("LABEL_0", "LABEL_1"), ("1", "2"), (0, 1)),
+        (("1", "2", "3"), ("0", "1", "2"), (0, 1, 2)),
+        (("-1", "1"), ("-1", "1"), (0, 1)),
     ],
 )
 def test_outputs_have_the_order_of_the_labels(tmp_path, names, labels, order):
@@ -135,6 +142,16 @@ def test_names_that_match_in_part_at_another_place_are_refused(tmp_path):
         match=r"\(positive, other\) .*\(negative, positive\) match in part: 'positive'",
     ):
         load_backbone(folder, reviews(6, labels=TASK))
+
+
+def test_numbers_that_match_in_part_in_no_order_are_refused(tmp_path):
+    folder, _ = named(tmp_path, "2", "1")
+    split = reviews(6, labels=("0", "1"))
+    # Output 1 is label 1 on both sides, but what is 2?
+    assert any("names differ" in note for note in load_backbone(folder, split).notes)
+    folder, _ = named(tmp_path / "other", "1", "2", "0")
+    with pytest.raises(BackboneError, match=r"\(1, 2, 0\) .*match in part: '0'"):
+        load_backbone(folder, reviews(6, labels=("1", "0", "7")))
 
 
 def test_a_last_layer_that_cannot_be_permuted_is_refused():
