@@ -19,6 +19,7 @@ from ntk.kernels.definition import defined_kernels
 from ntk.kernels.empirical import TRANSFORMS, reader
 from ntk.kernels.options import KernelOptions
 from ntk.spaces import Space, resolve
+from rocoft.commands import CheckFailedError
 
 TOLERATED = {
     "float64": 1e-7,
@@ -32,7 +33,7 @@ SIGNS = 0.05
 """The same for kernels of signs: gradients that are rounding have signs at random."""
 
 
-class SpotCheckError(RuntimeError):
+class SpotCheckError(CheckFailedError):
     """Kernels are not what the definition says: nothing computed from them is right."""
 
 

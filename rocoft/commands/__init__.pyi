@@ -9,7 +9,7 @@ from .choices import (
     Strategy,
     embedded_model,
 )
-from .failures import reason
+from .failures import CheckFailedError, reason
 from .files import (
     differences,
     remove_parts,
@@ -37,6 +37,7 @@ __all__ = [
     "Strategy",
     "embedded_model",
     # failures
+    "CheckFailedError",
     "reason",
     # files
     "differences",

@@ -10,6 +10,11 @@ import re
 
 from rocoft.commands.text import printable
 
+
+class CheckFailedError(RuntimeError):
+    """Results have failed a check of the program's own: nothing is right in them."""
+
+
 MEMORY = (
     "there is not enough memory. Give a smaller batch size or --max-length, or a "
     "budget with --memory where the command has it"

@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rocoft.commands.failures import reason
+from rocoft.commands.failures import CheckFailedError, reason
 from rocoft.commands.options import nearest, parse_options, version
 from rocoft.commands.text import printable
 
 DONE = 0
 FAILED = 1
 USAGE_ERROR = 2
+WRONG = 3
+"""Results failed a check of the program itself; nothing was written."""
 INTERRUPTED = 130
 UNREAD = 141
 """Whoever read the output has gone; shells say so of programs that a pipe ends."""
@@ -90,8 +92,8 @@ class Command:
                 with it; with ``argv=None`` it is.
 
         Returns:
-            The exit code: 0 done, 1 parts failed, 2 bad input, 130 interrupted, 141 if
-            nobody reads the output.
+            The exit code: 0 done, 1 parts failed, 2 bad input, 3 if results failed a
+            check, 130 interrupted, 141 if nobody reads the output.
         """
         given = list(sys.argv[1:] if argv is None else argv)
         _write_what_the_encoding_lacks()
@@ -115,6 +117,9 @@ class Command:
             if not launched_rank():
                 _say(f"interrupted; {self.interrupted}")
             return INTERRUPTED
+        except CheckFailedError as error:
+            _say(f"error: {error}")
+            return WRONG
         except Exception as error:
             if (text := reason(error)) is None:
                 raise

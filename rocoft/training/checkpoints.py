@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rocoft.commands import temporary_folder
 from rocoft.training.methods import trained_parameters
-from rocoft.training.ordered_trainer import TrainingError
+from rocoft.training.readout_trainer import TrainingError
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ from rocoft.training.methods import (
     left_out,
     parse_method,
 )
-from rocoft.training.ordered_trainer import OrderedTrainer, TrainingError
+from rocoft.training.readout_trainer import OrderedTrainer, TrainingError
 from rocoft.training.search import TrainingJob, search, seeded_generators
 from rocoft.training.trainer import (
     FineTuned,

@@ -1,4 +1,4 @@
-"""The Trainer of modules that return logits, with a choice of loss and dropout."""
+"""transformers' Trainer as searches use it, and that of modules that return logits."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -6,11 +6,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import SchedulerType, Trainer
 
 from rocoft.models import logits
-from rocoft.training.ordered_trainer import OrderedTrainer
+from rocoft.training.meter import TrainLoss
 
 Loss = Literal["cross_entropy", "squared"]
+_WITHOUT_WARMUP = {SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU}
 
 
 def readout_loss(
@@ -41,6 +44,78 @@ def readout_loss(
     one_hot = F.one_hot(labels, count).to(outputs)
     targets = (1 - smoothing) * one_hot + smoothing / count
     return (outputs - targets).square().sum(dim=1).mean()
+
+
+class TrainingError(ValueError):
+    """A training that cannot be done as asked, or that diverged."""
+
+
+class OrderedTrainer(Trainer):
+    """A Trainer that predicts in the order of the examples, and warms up in part.
+
+    With sampling by length, transformers' Trainer predicts in the order of lengths and
+    does not return that order. Its share of steps for the warm-up is rounded up, to all
+    steps of a short training, of which the first has the rate 0.
+    """
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Accumulate a batch's gradient, and count its loss.
+
+        Args:
+            model: The model.
+            inputs: A batch.
+            num_items_in_batch: Number of labels in the optimizer step, for the loss.
+
+        Returns:
+            The batch's part of the step's loss.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrainLoss):
+                callback.add(loss)
+        return loss
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Make the schedule of the learning rate, which leaves steps at the full rate.
+
+        Args:
+            num_training_steps: Number of optimizer steps.
+            optimizer: The optimizer; None means the Trainer's.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            TrainingError: If a number of warm-up steps is given that is at least that
+                of all steps.
+        """
+        given = self.args.warmup_steps
+        if (
+            self.args.get_warmup_steps(num_training_steps) < num_training_steps
+            or self.args.lr_scheduler_type in _WITHOUT_WARMUP
+        ):
+            return super().create_scheduler(num_training_steps, optimizer)
+        if given >= 1:
+            raise TrainingError(
+                f"warmup_steps={given:g} would take all {num_training_steps} steps of "
+                "the training, which would never reach its learning rate. Give less: "
+                "a share of the steps below 1, or 0."
+            )
+        self.args.warmup_steps = num_training_steps - 1
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.warmup_steps = given
 
 
 class ReadoutTrainer(OrderedTrainer):

@@ -54,7 +54,7 @@ from rocoft.training.meter import (
     reset_peak_memory,
 )
 from rocoft.training.methods import trained_parameters
-from rocoft.training.ordered_trainer import TrainingError
+from rocoft.training.readout_trainer import TrainingError
 from rocoft.training.search_folder import LOGS, begin_or_check
 
 Keep = Literal["best", "last"]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from rocoft.commands import differences, write_text
 from rocoft.training.checkpoints import last_checkpoint
-from rocoft.training.ordered_trainer import TrainingError
+from rocoft.training.readout_trainer import TrainingError
 
 LOGS = "logs"
 """Subfolder of the search's folder for the trackers' files."""

@@ -36,8 +36,12 @@ from rocoft.training.methods import (
     parse_method,
     trained_parameters,
 )
-from rocoft.training.ordered_trainer import TrainingError
-from rocoft.training.readout_trainer import Loss, ReadoutTrainer, readout_loss
+from rocoft.training.readout_trainer import (
+    Loss,
+    ReadoutTrainer,
+    TrainingError,
+    readout_loss,
+)
 from rocoft.training.search import (
     Keep,
     SearchResult,

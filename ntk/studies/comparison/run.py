@@ -170,7 +170,7 @@ def _evaluated(
 ) -> records.Evaluation | None:
     """Compute and measure the kernels of one split; None in a helping process."""
     group, processes = options.kernels, resources.processes
-    if processes is None and group.implementation == "factors":
+    if resources.memory is not None and group.implementation == "factors":
         # The largest computation needs the most memory: refuse it before the others.
         plan(compared.work, resources)
     # Folds first: they are quick, and may not be possible.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from checkpoints import checkpoint
 from commands import exit_code
 
 from ntk import compare
@@ -425,3 +426,15 @@ def test_full_kernel_can_be_an_estimate(how, kept, tmp_path, capsys):
 def test_an_estimate_that_cannot_be_made_is_refused(text, capsys):
     assert run("--approximate", text) == 2
     assert "--approximate" in capsys.readouterr().err
+
+
+def test_a_failed_spot_check_has_its_own_exit_code_and_no_report(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluation, "tolerated_error", lambda options, dtype: -1.0)
+    folder, _ = checkpoint(tmp_path / "model")
+    options = ["--model", folder, "--rows", "1", "--shots", "4", "--test-size", "4"]
+    options += ["--output", tmp_path / "runs", "--no-cache", "--quiet"]
+    assert exit_code(compare.main, *options) == 3
+    assert "plain autograd, differ from it" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("report.*"))
