@@ -184,9 +184,10 @@ def _alike(text: str) -> object:
         return number
     composed = unicodedata.normalize("NFC", text).casefold()
     # Blanks, and characters without a glyph, such as a zero-width space.
-    return "".join(
+    seen = "".join(
         c for c in composed if not c.isspace() and unicodedata.category(c) != "Cf"
     )
+    return {"false": 0, "true": 1}.get(seen, seen)
 
 
 def _number(text: str) -> int | float | None:

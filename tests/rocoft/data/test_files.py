@@ -308,6 +308,8 @@ def test_malformed_json(tmp_path, row, parts):
         (("1", "01", "0"), ("'1'", "'01'")),
         (("+1", "0", "1"), ("'+1'", "'1'")),
         (("1", "2", " 1"), ("'1'", "' 1'")),
+        (("True", "False", "true"), ("'True'", "'true'")),
+        (("True", "False", "1"), ("'True'", "'1'")),
     ],
     ids=ascii,
 )

@@ -7,7 +7,7 @@ import json
 
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rocoft.data.files import read_rows
@@ -68,18 +68,17 @@ def dumped(rows, kind, by_pandas):
     return gzip.compress(content) if packed else content
 
 
-def writable(rows, kind, by_pandas):
-    """Whether the writer can write these texts: TSV has no quotes around a cell."""
-    cells = [str(value) for row in rows for value in row.values()]
-    if kind.startswith("csv"):
+def fitted(value, kind, by_pandas):
+    """Return a value as the writer can write it: TSV has no quotes around a cell."""
+    if not isinstance(value, str):
+        return value
+    if kind.startswith("csv") and by_pandas:
         # pandas puts no quotes around a carriage return.
-        return not (by_pandas and any("\r" in cell for cell in cells))
+        return value.replace("\r", " ")
     if kind.startswith("tsv"):
-        return not any(set(cell) & set("\t\n\r") for cell in cells) and not any(
-            cell.startswith('"') and cell.endswith('"') and '""' in cell[1:-1]
-            for cell in cells
-        )
-    return True
+        value = value.translate(dict.fromkeys(map(ord, "\t\n\r"), " "))
+        return value.replace('""', '"x"')
+    return value
 
 
 def refusal(read, path, **options):
@@ -121,7 +120,10 @@ def test_tables_are_read_back(tmp_path, kind, rows, labels, pair, by_pandas):
         ({"text_a": a, "text_b": b} if pair else {"text": a}) | {"label": labels[y]}
         for a, b, y in [*rows, ("first", "one", 0), ("last", "one", 1)]
     ]
-    assume(writable(table, kind, by_pandas))
+    table = [
+        {key: fitted(value, kind, by_pandas) for key, value in row.items()}
+        for row in table
+    ]
     path = tmp_path / f"own.{kind}"
     path.write_bytes(dumped(table, kind, by_pandas))
     found = list(read_rows(path))
@@ -130,7 +132,7 @@ def test_tables_are_read_back(tmp_path, kind, rows, labels, pair, by_pandas):
     ]
     if message := refusal(load_file, path, regression=True):
         # Drawn labels may be alike.
-        assert "differ only by" in message
+        assert "differ only by" in message or "one class only" in message
         return
     task = load_file(path, regression=True)
     assert [e.a for e in task.train] == [next(iter(row.values())) for row in table]
