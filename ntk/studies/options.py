@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 from ntk.kernels import Precision
 from ntk.scale import Resources, parse_bytes
 from rocoft.commands import Bits, OptionError, option, positive
-from rocoft.data import DEFAULT_TASK, HUB, SCORED_HUB
+from rocoft.data import DEFAULT_TASK, HUB, SCORED_HUB, base_name
 from rocoft.training import (
     EXTENSIONS,
     ModelOptions,
@@ -75,13 +75,15 @@ class SplitOptions:
     )
     data: Path | None = option(
         None,
-        "own examples instead of --tasks: .jsonl, .csv or .tsv with the columns text "
-        "(or text_a, text_b) and label; a fifth of them, always the same, is tested on",
+        "own examples instead of --tasks: .csv, .tsv, .jsonl, .json (or one of them "
+        "with .gz) or .parquet, with the columns text (or text_a, text_b) and label; a "
+        "fifth of them, always the same, is tested on",
         metavar="FILE",
     )
     data_dir: Path | None = option(
         None,
-        "folder with TASK/train.jsonl and TASK/test.jsonl, instead of the Hub",
+        "folder with TASK/train.jsonl and TASK/test.jsonl (or another kind of file "
+        "that --data takes), instead of the Hub",
         metavar="DIR",
     )
     template: str | None = option(
@@ -118,7 +120,7 @@ class SplitOptions:
     def names(self) -> tuple[str, ...]:
         """The names of the tasks."""
         if self.data is not None:
-            return (self.data.stem,)
+            return (base_name(self.data),)
         return self.tasks or (DEFAULT_TASK,)
 
 

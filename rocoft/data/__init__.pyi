@@ -1,3 +1,4 @@
+from .files import base_name
 from .metrics import metric_names, scores, text_scores
 from .prompts import (
     Completion,
@@ -35,6 +36,8 @@ __all__ = [
     "load_file",
     "few_shot",
     "lmbff_split",
+    # files
+    "base_name",
     # metrics
     "metric_names",
     "scores",

@@ -42,6 +42,7 @@ from transformers import (
 
 from rocoft.commands import Bits, Head, Readout
 from rocoft.data import Example, Prompt, Split, without_end
+from rocoft.models.architecture import Architecture
 from rocoft.models.label_names import name_outputs
 from rocoft.models.location import locate
 from rocoft.models.offloaded import keep_on_host
@@ -316,6 +317,9 @@ def load_backbone(
         if head == "probe":
             fit_probe(backbone, split.task, split.train)
             backbone.fitted_head = True
+    architecture = Architecture(backbone.module)
+    if others := architecture.left_out(architecture.targets):
+        backbone.notes.append(f"rows, columns and LoRA are not all: {others}")
     examples = [*split.train, *split.test]
     if cut := backbone.truncated(examples):
         backbone.notes.append(

@@ -28,6 +28,7 @@ from rocoft.data import (
     HUB,
     SCORED_HUB,
     Task,
+    base_name,
     load_file,
     load_task,
     with_prompt,
@@ -149,13 +150,14 @@ class TaskOptions:
     )
     data: Path | None = option(
         None,
-        "own examples instead of --task: .jsonl, .csv or .tsv with the columns text "
-        "(or text_a, text_b) and label",
+        "own examples instead of --task: .csv, .tsv, .jsonl, .json (or one of them "
+        "with .gz) or .parquet, with the columns text (or text_a, text_b) and label",
         metavar="FILE",
     )
     data_dir: Path | None = option(
         None,
-        "folder with TASK/train.jsonl and TASK/test.jsonl, instead of the Hub",
+        "folder with TASK/train.jsonl and TASK/test.jsonl (or another kind of file "
+        "that --data takes), instead of the Hub",
         metavar="DIR",
     )
     template: str | None = option(
@@ -175,7 +177,9 @@ class TaskOptions:
     @property
     def name(self) -> str:
         """The task in names of results."""
-        return (self.task or DEFAULT_TASK) if self.data is None else self.data.stem
+        return (
+            (self.task or DEFAULT_TASK) if self.data is None else base_name(self.data)
+        )
 
     def load(self, *, regression: bool = False) -> Task:
         """Read the task, with its prompt.

@@ -38,10 +38,10 @@ class TrainTaskOptions(TaskOptions):
 
     data: Path | None = option(
         None,
-        "own examples instead of --task, drawn for training, dev and test: .jsonl, "
-        ".csv or .tsv with the columns text (or text_a, text_b) and label; or .jsonl "
-        "with prompt and completion, or prompt, choices and answer, which trains a "
-        "language model",
+        "own examples instead of --task, drawn for training, dev and test: .csv, .tsv, "
+        ".jsonl, .json (or one of them with .gz) or .parquet, with the columns text "
+        "(or text_a, text_b) and label; or with prompt and completion, or prompt, choices "
+        "and answer, which trains a language model",
         metavar="FILE",
     )
     shots: int | None = option(
