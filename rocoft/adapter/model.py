@@ -8,7 +8,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
@@ -73,6 +73,11 @@ class RoCoFTModel(BaseTuner):
             # Adapters that were there neither train nor count beside the new one.
             config: Any = self.peft_config[adapter_name]
             self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+            for module in self.model.modules():
+                if isinstance(module, ModulesToSaveWrapper):
+                    for name, copy in module.modules_to_save.items():
+                        if name != adapter_name:
+                            copy.requires_grad_(False)
 
     def inject_adapter(
         self,

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -382,25 +381,25 @@ def _depends(module: Any, changed: slice, read: slice | None = None) -> bool:
     Returns:
         Whether they do.
     """
-    body = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
-    table: Any = body.get_input_embeddings().weight
+    vocabulary = module.config.get_text_config().vocab_size
+    parameter = next(p for p in module.parameters() if p.is_floating_point())
     # No special tokens, as these are at the ends of vocabularies.
-    first = torch.arange(_PROBED) + len(table) // 2
+    first = torch.arange(_PROBED) + vocabulary // 2
     second = first.clone()
     second[changed] += _PROBED
     outputs = []
     with torch.no_grad():
         # One pass each: what does not change is then equal to the bit.
         for text in (first, second):
-            tokens = text.remainder(len(table))[None].to(table.device)
+            tokens = text.remainder(vocabulary)[None].to(parameter.device)
             output = logits(
                 module(input_ids=tokens, attention_mask=torch.ones_like(tokens))
             )
             outputs.append((output if read is None else output[:, read]).float())
     difference = (outputs[0] - outputs[1]).abs().max()
     # But for sums in another order, as on some GPUs.
-    eps = torch.finfo(table.dtype if table.is_floating_point() else torch.float32).eps
-    return bool(difference > 2 * eps * outputs[0].abs().max())
+    rounding = torch.finfo(parameter.dtype).eps * outputs[0].abs().max()
+    return bool(difference > 2 * rounding)
 
 
 def _texts(example: Example) -> tuple[str, ...]:

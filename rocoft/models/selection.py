@@ -145,26 +145,25 @@ def check_counts(asked: Sequence[tuple[LinearWeight, Axis, int]]) -> None:
     Raises:
         SelectionError: If all weights have fewer.
     """
-    narrow: dict[str, tuple[LinearWeight, str, int, int]] = {}
+    narrow: list[tuple[LinearWeight, str, int, int]] = []
     for weight, axis, count in asked:
         rows = min(len(part) for part in weight.parts)
         available = rows if axis == "row" else weight.inputs
         if count > available:
-            narrow[weight.module] = weight, f"{axis}s", count, available
+            narrow.append((weight, f"{axis}s", count, available))
     if not narrow:
         return
-    every = {weight.module for weight, _, _ in asked}
-    weight, side, count, available = next(iter(narrow.values()))
+    every, short = ({w.module for w, *_ in some} for some in (asked, narrow))
+    weight, side, count, available = narrow[0]
     fused = " in each fused part" if len(weight.parts) > 1 and side == "rows" else ""
-    if len(narrow) == len(every):
-        most = max(found for *_, found in narrow.values())
+    if len(narrow) == len(asked):
         raise SelectionError(
             f"{side}={count} cannot be selected from {weight.module!r}, which has "
             f"{available} {side}{fused}, nor from another of the {len(every)} targeted "
-            f"weights. Choose a number from 1 to {most}."
+            f"weights. Choose a number from 1 to {max(n for *_, n in narrow)}."
         )
     warnings.warn(
-        f"{len(narrow)} of {len(every)} targeted weights have fewer {side} than "
+        f"{len(short)} of {len(every)} targeted weights have fewer {side} than "
         f"{count}, such as {weight.module!r} with {available}{fused}: all of theirs "
         "are taken.",
         stacklevel=2,

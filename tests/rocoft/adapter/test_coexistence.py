@@ -142,18 +142,23 @@ def test_wrapping_again_is_refused_and_leaves_the_first(second):
     assert all(".rocoft_columns." in name for name in trained)
 
 
+@pytest.mark.parametrize("heads", [None, ["classifier"]])
 @pytest.mark.parametrize("second", [["query"], ["value"]])
-def test_of_two_adapters_only_the_new_one_trains_and_counts(second):
+def test_of_two_adapters_only_the_new_one_trains_and_counts(second, heads):
     base = bert()
-    get_peft_model(base, RoCoFTConfig(r=2, target_modules=["query"], bias="none"))
+    first = RoCoFTConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    get_peft_model(base, first)
     with torch.no_grad():
         for parameter in named(base, ".rocoft_").values():
             parameter.normal_()
-    config = RoCoFTConfig(r=2, axis="column", target_modules=second)
+    config = RoCoFTConfig(
+        r=2, axis="column", target_modules=second, modules_to_save=heads
+    )
     model = get_peft_model(base, config, adapter_name="second").eval()
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained
-    assert all(name.endswith(".second") for name in trained)
+    assert all(".second" in name for name in trained)
+    assert any("classifier" in name for name in trained) == bool(heads)
     assert torch.equal(model(**INPUTS).logits, bert()(**INPUTS).logits)
 
 

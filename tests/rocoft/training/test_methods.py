@@ -1,6 +1,7 @@
 """Methods as text, and exactly what each makes trainable."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from cases import BY_NAME, SHORT, sizes
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from torch import nn
 
 from rocoft.models.architecture import Architecture, SelectionError
+from rocoft.models.merging import merged as plain_copy
 from rocoft.models.readouts import MeanPooled, Prompted
 from rocoft.training.methods import (
     LEARNING_RATES,
     Method,
     apply_method,
+    left_out,
     parse_method,
     trained_parameters,
 )
@@ -233,3 +237,66 @@ def test_a_probe_trains_the_last_layer_of_a_deep_head():
     found = trained_parameters(applied(module, "probe"))
     assert set(found) == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
     assert len(trained_parameters(applied(module, "head"))) == 4
+
+
+# Weights that a count does not fit, and weights that no method of linear layers holds.
+
+
+def test_narrow_weights_are_taken_whole_by_rocoft_and_its_reference():
+    def two():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 6), nn.Linear(6, 3))
+
+    start = two()
+    for text in ("rows:3", "columns:3", "rows:3+columns:3", "rows:3/strategy=random"):
+        moved = []
+        for prefix in ("", "masked "):
+            with pytest.warns(UserWarning, match="of 2 targeted weights have fewer"):
+                model = apply_method(
+                    two(), parse_method(prefix + text), train_head=False
+                )
+            parameters = list(trained_parameters(model).values())
+            model(torch.ones(1, 6)).sum().backward()
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter -= 0.1 * parameter.grad
+            moved.append([p for p in plain_copy(model).parameters() if p.ndim == 2])
+        for mine, reference, before in zip(
+            *moved, (p for p in start.parameters() if p.ndim == 2), strict=True
+        ):
+            torch.testing.assert_close(mine, reference)
+            assert mine.shape == before.shape
+
+
+@pytest.mark.parametrize("text", ["rows:9", "masked rows:9"])
+def test_a_count_that_no_weight_has_is_refused(text):
+    with pytest.raises(SelectionError, match="rows=9 cannot .* from 1 to 6"):
+        apply_method(
+            nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(2, 3)),
+            parse_method(text),
+            train_head=False,
+        )
+
+
+@pytest.mark.parametrize("text", ["rows:2", "auto:1", "lora:2", "masked rows:2"])
+def test_methods_of_linear_layers_say_which_share_they_leave_out(text):
+    config = tf.MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        num_local_experts=4,
+    )
+    model, method = tf.MixtralForCausalLM(config), parse_method(text)
+    # By hand: q, k, v, o against three matrices of each expert and the router of four.
+    linear, experts = 4 * 16 * 16, 4 * 3 * 16 * 24 + 4 * 16
+    share = f"{100 * experts / (linear + experts):.0f} % of the numbers"
+    (said,) = left_out(model, method)
+    assert said.startswith(share)
+    assert re.search(r"6 parameters such as '.*experts\..*', \(4, ", said)
+    with pytest.warns(UserWarning, match=share):
+        apply_method(model, method, train_head=False)
+    assert left_out(model, parse_method("full")) == []
+    assert left_out(model, parse_method("rows:2@q_proj")) == []
