@@ -40,8 +40,8 @@ class TrainTaskOptions(TaskOptions):
         None,
         "own examples instead of --task, drawn for training, dev and test: .csv, .tsv, "
         ".jsonl, .json (or one of them with .gz) or .parquet, with the columns text "
-        "(or text_a, text_b) and label; or with prompt and completion, or prompt, choices "
-        "and answer, which trains a language model",
+        "(or text_a, text_b) and label; or with prompt and completion, or prompt, "
+        "choices and answer, which trains a language model",
         metavar="FILE",
     )
     shots: int | None = option(
