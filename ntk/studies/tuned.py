@@ -77,7 +77,9 @@ def scores_of(tuned: FineTuned) -> Record:
     names = ("test", "dev", "learning_rate", "rate_at_end", "steps", "parameters")
     return {
         **{name: record[name] for name in names},
-        "grid": {f"{r['learning_rate']:g}": r["dev"] for r in record["learning_rates"]},
+        "grid": {
+            repr(float(r["learning_rate"])): r["dev"] for r in record["learning_rates"]
+        },
     }
 
 
