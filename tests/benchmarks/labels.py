@@ -164,13 +164,15 @@ def main():
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    settings = {
+        name: getattr(options, name) for name in ("seed", "test_size", "permutations")
+    }
+    kept = earlier(options.output, settings)
     rows = []
     for name in options.tasks:
-        row = measured(
-            *(name, options.data_dir, options.seed, options.test_size),
-            options.permutations,
-        )
+        row = kept.get(name) or measured(name, options.data_dir, *settings.values())
         rows.append(row)
+        write(options.output, settings, rows)
         print(  # noqa: T201
             f"{name:8} out of fold {100 * row['out_of_fold']:5.1f} %, fresh "
             f"{100 * row['fresh']:5.1f} % (se {100 * row['standard_error']:.1f}), "
@@ -179,19 +181,40 @@ def main():
             f"({row['permuted_worst']['score']})",
             flush=True,
         )
-    result = {
-        "command": "python -m tests.benchmarks.labels " + " ".join(sys.argv[1:]),
-        "model": "MiniLM-L6",
-        "within_two": sum(row["within_two"] for row in rows),
-        "permuted_within_three": sum(row["permuted_within_three"] for row in rows),
-        "tasks": rows,
-    }
+    result = summary(settings, rows)
     print(  # noqa: T201
         f"{result['within_two']} of {len(rows)} tasks within two standard errors, "
         f"{result['permuted_within_three']} with permuted labels at chance"
     )
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def earlier(file, settings):
+    """Return the rows of an earlier run with these settings, by task."""
+    if file is None or not file.is_file():
+        return {}
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if result.get("settings") != settings:
+        return {}
+    return {row["task"]: row for row in result["tasks"]}
+
+
+def summary(settings, rows):
+    """Return what is written."""
+    return {
+        "command": "python -m tests.benchmarks.labels " + " ".join(sys.argv[1:]),
+        "model": "MiniLM-L6",
+        "settings": settings,
+        "within_two": sum(row["within_two"] for row in rows),
+        "permuted_within_three": sum(row["permuted_within_three"] for row in rows),
+        "tasks": rows,
+    }
+
+
+def write(file, settings, rows):
+    """Write what is measured so far; the same command goes on from there."""
+    if file is not None:
+        text = json.dumps(summary(settings, rows), indent=1) + "\n"
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
