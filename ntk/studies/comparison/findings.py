@@ -147,7 +147,7 @@ def _services(record: Record) -> Iterator[str]:
         yield f"{count:,.0f} parameter tensors were served by factors of whole batches."
     for key, what in (
         ("single", "served by factors of one example at a time"),
-        ("definition", "served by the definition (torch.func)"),
+        ("definition", "served by the definition (plain autograd)"),
         ("unused", "without effect on the outputs, so that its kernel is zero"),
     ):
         if names := services.get(key):

@@ -77,7 +77,7 @@ class CompareKernelOptions(KernelGroup):
 
     kind: Kind = option("sgd", "<g, g'>, <sign g, sign g'> or <g, sign g'>")
     implementation: Implementation = option(
-        "factors", "factors, or torch.func, the definition, slower"
+        "factors", "factors, autograd (the definition) or torch.func, both slower"
     )
     approximate: str | None = option(
         None,
