@@ -235,7 +235,8 @@ class Architecture:
         parts = name.split(".")
         for depth, part in enumerate(parts):
             owner = self._modules.get(".".join(parts[:depth]))
-            if isinstance(owner, nn.ModuleList):
+            # Parametrised weights lie in a list, too, under names.
+            if isinstance(owner, nn.ModuleList) and part.isdigit():
                 return int(part)
         return None
 

@@ -50,12 +50,9 @@ def first_line(error: Exception) -> str:
 def load_pretrained(kind: Any, path: str, name: str, **options: Any) -> Any:
     """Call `from_pretrained` and report failures in one sentence.
 
-    <<<<<<< HEAD
-    Code that comes with a model is never run.
-    =======
-    A tokenizer without a vocabulary is a failure: transformers makes one of a model's
-    kind, which knows no word, where a folder has no files of a tokenizer.
-    >>>>>>> data-18
+    Code that comes with a model is never run. A tokenizer without a vocabulary is a
+    failure: transformers makes one of a model's kind, which knows no word, where a
+    folder has no files of a tokenizer.
 
     Args:
         kind: One of transformers' Auto classes.

@@ -137,7 +137,7 @@ def test_the_command_reports_the_error(tmp_path, capsys):
     run = partial(exit_code, compare.main, *size, "--quiet")
     folder = tmp_path / "out"
     assert run("--precision", "bf16x3", "--output", folder) == 0
-    (record,) = (json.loads(f.read_text()) for f in folder.glob("*/*.json"))
+    (record,) = (json.loads(f.read_text()) for f in folder.glob("*/report.json"))
     assert record["kernel"]["precision"] == "bf16x3"
     assert run("--precision", "tf32", "--output", folder) == 2
     assert "GPUs" in capsys.readouterr().err

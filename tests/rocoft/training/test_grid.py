@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from rocoft.training import search as module
 from rocoft.training.grid import EXTENSIONS, best_rate, grid_end, next_rate
@@ -60,9 +61,9 @@ def searched(monkeypatch, tmp_path):
         trained.append(options.learning_rate)
         dev = job.build(options.learning_rate)
         dev = None if dev is None else {"accuracy": dev}
-        record = {"learning_rate": options.learning_rate, "dev": dev, "history": []}
-        file.write_text(json.dumps(record))
-        file.with_suffix(".safetensors").write_bytes(b"")
+        record = {"learning_rate": options.learning_rate, "dev": dev}
+        file.write_text(json.dumps({**record, "history": [], "steps": 1}))
+        save_file({}, file.with_suffix(".safetensors"))
 
     class Model:
         def eval(self):
