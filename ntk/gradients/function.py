@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -239,6 +240,16 @@ def check_model(model: nn.Module) -> None:
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, UninitializedParameter):
+        raise FunctionError(
+            f"parameter {name!r} has no shape yet: its module is lazy. Call the model "
+            "once on an example first."
+        )
+    if parameter.is_complex():
+        raise FunctionError(
+            f"parameter {name!r} is complex ({parameter.dtype}), of which kernels are "
+            "not defined here. Hold its real and imaginary parts as real parameters."
+        )
     if parameter.is_meta:
         raise FunctionError(
             f"parameter {name!r} is on the meta device and has no values. Load the "

@@ -67,6 +67,14 @@ class SpotChecks:
         # Keeps the batches alive, so that their ids stay theirs.
         self._batches = batches
 
+    def examples(self) -> list[Batch]:
+        """Return the chosen examples, each a batch of its own."""
+        return [
+            take(batch, slice(row, row + 1))
+            for batch in self._batches
+            for row in self._rows.get(id(batch), ())
+        ]
+
     def check_outputs(self) -> None:
         """Check that the examples have the outputs in their batch that they have alone.
 

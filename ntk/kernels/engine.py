@@ -203,7 +203,13 @@ class Engine:
         counter = Counter("NTK-vector products", total, self.progress)
         kernels = {
             name: products_kernel(
-                self.function, self.left, self.right, maps, self.contraction, counter
+                self.function,
+                self.left,
+                self.right,
+                maps,
+                self.contraction,
+                counter,
+                self.checks.examples(),
             )
             for name, maps in self.maps.items()
         }

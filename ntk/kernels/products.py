@@ -33,11 +33,12 @@ def products_kernel(
     maps: Maps,
     contraction: Contraction,
     progress: Progress | None = None,
+    checked: Sequence[Batch] = (),
 ) -> Tensor:
     """Return a kernel by NTK-vector products: K e = J (J'^T e), a vjp, then jvps.
 
     Takes the memory of one gradient and time proportional to n m. Where the forward
-    derivative of the first examples is not that of plain autograd, the kernel is
+    derivative of the examples compared is not that of plain autograd, the kernel is
     computed by its definition.
 
     Args:
@@ -47,6 +48,8 @@ def products_kernel(
         maps: The resolved tangent space.
         contraction: How gradients are contracted, without a left transform.
         progress: Called with the number of right examples done.
+        checked: More single examples on which products are compared with the
+            definition.
 
     Returns:
         ``(c n, c m)`` in float64, or ``(n, m)`` if not coupled.
@@ -55,7 +58,10 @@ def products_kernel(
     zero = tangent.zero()
     first = take(right[0], slice(0, 1))
     tangent.check_reach(first)
-    if not _agrees(tangent, zero, first, maps, contraction):
+    if not all(
+        _agrees(tangent, zero, example, maps, contraction)
+        for example in (first, *checked)
+    ):
         defined = defined_kernels(function, left, right, {"": maps}, contraction)[""]
         if not contraction.coupled:
             return defined

@@ -473,6 +473,30 @@ def test_inputs_and_calls_in_inference_mode():
     assert_close(kernel.clone(), expected)
 
 
+@ALL
+def test_functions_whose_derivatives_are_not_those_of_autograd(implementation):
+    # A repeated token has a scaled gradient, which no forward derivative knows.
+    model = built(
+        lambda m, x: m.head(torch.tanh(m.table(x)).mean(1)),
+        table=nn.Embedding(6, D, scale_grad_by_freq=True),
+        head=nn.Linear(D, 2),
+    )
+    x = torch.tensor([[1, 2, 3], [4, 4, 0], [2, 0, 1]])
+    kernel = empirical_ntk(model, x, implementation=implementation)
+    assert_close(kernel, right(model, x))
+
+
+def test_lazy_and_complex_parameters_are_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = nn.Sequential(nn.LazyLinear(2))
+    with pytest.raises(FunctionError, match=r"'0\.weight' has no shape yet"):
+        empirical_ntk(lazy, noise(3, D))
+    model = nn.Linear(D, 2).to(torch.complex128)
+    with pytest.raises(FunctionError, match="'weight' is complex"):
+        empirical_ntk(model, noise(3, D))
+
+
 @pytest.mark.parametrize("wrapped", ["scripted", "data parallel"])
 def test_wrapped_models(wrapped):
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 2)).double()
