@@ -120,6 +120,8 @@ def test_a_record_cut_short_is_made_again_and_said_so(study, capsys):
             assert old.pop(timed) != new.pop(timed)
             assert old.pop("spaces_of_pass") == 4
             assert new.pop("spaces_of_pass") == 2
+            # The digest is of the whole record, with its seconds.
+            assert old.pop("sha256") != new.pop("sha256")
             assert old == new
         else:
             assert after[name] == text
